@@ -1,0 +1,43 @@
+"""Merge fine-tuned language models: average the layers that agree, route the layers that fight.
+
+>>> from mediator_cli import load_recipe, make_plan, merge  # doctest: +SKIP
+>>> merge(make_plan(load_recipe(Path("recipe.yaml"))))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mediator_cli.bundle.read import Bundle, open_bundle
+    from mediator_cli.bundle.verify import verify_bundle
+    from mediator_cli.errors import MediatorError
+    from mediator_cli.methods.registry import merge_method, methods
+    from mediator_cli.pipeline.merge import Settings, analyze_conflicts, merge
+    from mediator_cli.plan.make import make_plan
+    from mediator_cli.recipe.load import load_recipe
+
+_PLACES = {
+    "Bundle": "bundle.read",
+    "MediatorError": "errors",
+    "Settings": "pipeline.merge",
+    "analyze_conflicts": "pipeline.merge",
+    "load_recipe": "recipe.load",
+    "make_plan": "plan.make",
+    "merge": "pipeline.merge",
+    "merge_method": "methods.registry",
+    "methods": "methods.registry",
+    "open_bundle": "bundle.read",
+    "verify_bundle": "bundle.verify",
+}
+__all__ = [
+    "Bundle", "MediatorError", "Settings", "analyze_conflicts", "load_recipe", "make_plan", "merge", "merge_method",
+    "methods", "open_bundle", "verify_bundle",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

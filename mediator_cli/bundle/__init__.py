@@ -1,0 +1,1 @@
+"""What is written: the bundle format, its manifest, sparse experts, reading and verifying them."""

@@ -1,0 +1,215 @@
+"""The routing manifest and the conflict report: what a bundle says of itself. No torch here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mediator_cli.checkpoint.header import check_plain_name, read_json
+from mediator_cli.errors import BundleError, CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MANIFEST = "routing_manifest.json"
+CONFLICTS = "conflicts.json"
+EXPERTS_FOLDER = "experts"
+SCHEMA_VERSION = 1
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Record(BaseModel):
+    """A frozen schema that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    """A file, its size in bytes and its SHA-256."""
+
+    name: Annotated[str, Field(description="Path relative to its folder, with forward slashes.")]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class SourceRecord(Record):
+    """Where base or expert came from: the path as the recipe has it, and the weight files read."""
+
+    name: str
+    kind: Literal["full", "lora"]
+    path: str
+    weight: float | None
+    license: str | None
+    files: tuple[FileRecord, ...]
+    prompts: FileRecord | None = None
+
+
+class RecipeRecord(Record):
+    """The recipe as it was read, its digest, and the changes given on the command line."""
+
+    name: str
+    text: str
+    sha256: str
+    changes: tuple[str, ...]
+
+
+class MethodRecord(Record):
+    """A merge method with all its parameters, and how many tensors it merged."""
+
+    method: str
+    parameters: dict[str, Any]
+    n_tensors: int
+
+
+class TensorRecord(Record):
+    """A dense tensor: its file, dtype, shape, and the SHA-256 of its bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class SparseUnitRecord(Record):
+    """What a sparse expert keeps of one unit: entries of how many, and the share of the delta's energy."""
+
+    n_kept: int
+    n_entries: int
+    energy: Annotated[float, Field(description="1 - |delta - stored|² / |delta|²; 1 for an empty delta.")]
+
+
+class SparseRecord(Record):
+    """The file of one sparse expert and what it keeps."""
+
+    expert: str
+    file: FileRecord
+    units: dict[str, SparseUnitRecord]
+
+
+class ExtractRecord(Record):
+    """How the experts of routed units are stored, before overrides."""
+
+    dense: Literal["average", "base"]
+    density: float
+    select: str
+    rescale: bool
+    values: str
+
+
+class UnitScores(Record):
+    """The conflict of one unit by each measure."""
+
+    sign: float
+    any_sign: float
+    cosine: float
+    overlap: float
+
+
+class ConflictRecord(Record):
+    """How conflict was measured, and the score that each unit got."""
+
+    measure: str
+    unit: str
+    denoise: str
+    scores: dict[str, float]
+
+
+class Sizes(Record):
+    """Bytes on disk: dense model, sparse experts, and all experts as full models of the output dtypes."""
+
+    dense: int
+    sparse: int
+    full_models: int
+
+
+class Manifest(Record):
+    """The routing manifest of a bundle, version 1."""
+
+    schema_version: Literal[1]
+    generator: str
+    recipe: RecipeRecord
+    base: SourceRecord
+    experts: tuple[SourceRecord, ...]
+    tokenizer: str
+    seed: int
+    methods: tuple[MethodRecord, ...]
+    conflict: ConflictRecord | None
+    assignment: dict[str, Literal["average", "route"]]
+    extract: ExtractRecord | None
+    sparse: tuple[SparseRecord, ...]
+    tensors: dict[str, TensorRecord]
+    files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
+    sizes: Sizes
+    digest: Annotated[str, Field(description="SHA-256 over all dense tensors and sparse files; see README.md.")]
+    notices: tuple[str, ...]
+
+
+class TensorConflict(Record):
+    """The counts of one tensor; tables [n, n] in the order of experts, `gram` before denoising."""
+
+    size: int
+    opposite: tuple[tuple[int, ...], ...]
+    both: tuple[tuple[int, ...], ...]
+    support: tuple[int, ...]
+    any_opposite: int
+    shared: int
+    gram: tuple[tuple[float, ...], ...]
+
+
+class ConflictReport(Record):
+    """The full conflict report: scores by unit, counts by tensor, and the sources they belong to."""
+
+    schema_version: Literal[1]
+    experts: tuple[str, ...]
+    sources: dict[str, tuple[FileRecord, ...]]
+    denoise: str
+    unit: str
+    units: dict[str, UnitScores]
+    tensors: dict[str, TensorConflict]
+
+
+def to_json(record: BaseModel) -> str:
+    """Write a record as JSON text, the same for the same content."""
+    return json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_record(file: Path, model: type[M], kind: str) -> M:
+    """Read a JSON file into a record; raise BundleError naming the first field that does not fit."""
+    try:
+        return model.model_validate(read_json(file))
+    except CheckpointError as error:
+        raise BundleError(error.problems) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = f"{file} {'.'.join(str(part) for part in first['loc'])}"
+        hint = "the file is damaged or written by a newer version"
+        raise BundleError(Problem(place, f"not a {kind}: {first['msg'].lower()}", hint)) from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a bundle, the names of its files included."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise BundleError(Problem(str(folder), f"has no {MANIFEST}", "is it a bundle? `mediator merge` writes one"))
+    manifest = read_record(file, Manifest, "manifest")
+    names = [record.name for record in manifest.files] + [sparse.file.name for sparse in manifest.sparse]
+    for name in [*names, *(tensor.file for tensor in manifest.tensors.values())]:
+        bundle_file(folder, name)
+    return manifest
+
+
+def bundle_file(folder: Path, name: str) -> Path:
+    """Return the path of a bundle's file; raise BundleError if the name or a link leads out of the bundle."""
+    try:
+        for part in name.split("/"):
+            check_plain_name(str(folder / MANIFEST), part)
+    except CheckpointError:
+        message = f"unsafe file name {name!r}"
+        raise BundleError(Problem(str(folder / MANIFEST), message, "do not use this bundle")) from None
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(Problem(str(path), "is a link that leads out of the bundle", "do not use this bundle"))
+    return path

@@ -1,0 +1,71 @@
+"""Open a bundle: its manifest, its dense tensors, its sparse experts, and any mixture of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mediator_cli.bundle.manifest import EXPERTS_FOLDER, Manifest, bundle_file, read_manifest
+from mediator_cli.bundle.sparse_file import SparseFile, open_sparse_file
+from mediator_cli.checkpoint.header import TensorInfo, read_tensors
+from mediator_cli.checkpoint.read import open_files, read_slab
+from mediator_cli.errors import BundleError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk: headers read, tensors not."""
+
+    path: Path
+    manifest: Manifest
+    tensors: Mapping[str, TensorInfo]
+    experts: Mapping[str, SparseFile]
+
+    def dense(self, name: str) -> torch.Tensor:
+        """Read one tensor of the dense expert in its own dtype and shape."""
+        if name not in self.tensors:
+            raise BundleError(Problem(f"{self.path}: {name}", "no such tensor", did_you_mean(name, self.tensors)))
+        info = self.tensors[name]
+        with open_files([info.file]) as descriptors:
+            return read_slab(descriptors, info, 0, info.size).view(info.shape)
+
+    def expert(self, expert: str, name: str) -> torch.Tensor:
+        """Read one tensor as that expert alone has it: dense plus sparse delta, or dense where units are averaged."""
+        return self.mixture({expert: 1.0}, name)
+
+    def mixture(self, weights: Mapping[str, float], name: str) -> torch.Tensor:
+        """Mix one tensor: dense + Σ weight · sparse delta, summed in float32 in this order, rounded once."""
+        dense = self.dense(name)
+        deltas = [(self._sparse(expert), weight) for expert, weight in weights.items()]
+        deltas = [(sparse, weight) for sparse, weight in deltas if name in sparse.tensors]
+        if not deltas:
+            return dense
+        if len(deltas) == 1:
+            return deltas[0][0].read(name).add_to(dense, deltas[0][1])
+        mixed = dense.flatten().float()
+        for sparse, weight in deltas:
+            delta = sparse.read(name)
+            mixed[delta.positions] += delta.values * weight
+        return mixed.to(dense.dtype).view(dense.shape)
+
+    def _sparse(self, expert: str) -> SparseFile:
+        known = [source.name for source in self.manifest.experts]
+        if expert not in known:
+            raise BundleError(Problem(str(self.path), f"no expert '{expert}'", did_you_mean(expert, known)))
+        return self.experts.get(expert) or SparseFile(self.path, expert, {}, {})
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle; raise BundleError or CheckpointError when it is damaged."""
+    manifest = read_manifest(folder)
+    experts = {
+        record.expert: open_sparse_file(bundle_file(folder, f"{EXPERTS_FOLDER}/{record.expert}.safetensors"))
+        for record in manifest.sparse
+    }
+    return Bundle(folder, manifest, read_tensors(folder), experts)

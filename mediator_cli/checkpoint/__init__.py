@@ -1,0 +1,1 @@
+"""What is on disk: headers, sources, adapters, reading and writing; knows nothing of merging."""

@@ -1,0 +1,187 @@
+"""Safetensors headers and index files, by the standard library alone.
+
+Everything a file says about itself is checked here, before any tensor is read: a header longer than
+the file, overlapping or missing bytes, sizes that do not fit shapes, names that leave their folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mediator_cli.errors import CheckpointError, Problem
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+MAX_HEADER_BYTES = 100_000_000
+_DAMAGED = "the file is damaged or was not downloaded completely; fetch it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its header describes it: bytes `start` to `end` of `file`, row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Number of bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one safetensors file; `tensors` in file order."""
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file.
+
+    Raises CheckpointError naming file and tensor when it breaks the format in any way.
+    """
+    try:
+        n_file = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little") if n_file >= 8 else -1
+            raw = stream.read(length) if 0 <= length <= min(n_file - 8, MAX_HEADER_BYTES) else b""
+    except OSError as error:
+        reason = (error.strerror or "unreadable").lower()
+        raise CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the path and its rights")) from None
+    if not raw.startswith(b"{"):
+        raise _not_safetensors(file, n_file, length)
+    entries = _parse(file, raw)
+    metadata = entries.pop("__metadata__", {})
+    tensors = [_tensor_info(file, name, entry, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda info: (info.start, info.end))
+    _check_spans(file, tensors, 8 + length, n_file)
+    texts = {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+    return Header(tuple(tensors), texts, 8 + length)
+
+
+def _not_safetensors(file: Path, n_file: int, length: int) -> CheckpointError:
+    if length > 0 and length + 8 > n_file and length <= MAX_HEADER_BYTES:
+        message = f"header of {length} bytes is longer than the file of {n_file} bytes"
+        return CheckpointError(Problem(str(file), message, _DAMAGED))
+    return CheckpointError(Problem(str(file), "is not a safetensors file", "convert the checkpoint to safetensors"))
+
+
+def _parse(file: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        entries = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(Problem(str(file), f"broken safetensors header: {error}", _DAMAGED)) from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(Problem(str(file), "broken safetensors header", _DAMAGED))
+    return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name stands twice")
+    return entries
+
+
+def _is_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:  # noqa: ANN401 - parsed JSON
+    def fault(message: str) -> CheckpointError:
+        return CheckpointError(Problem(f"{file}: {name}", message, _DAMAGED))
+
+    if not isinstance(entry, dict) or not _is_counts(entry.get("shape")) or not _is_counts(entry.get("data_offsets")):
+        raise fault("broken header entry")
+    dtype, shape, offsets = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise fault(f"unknown dtype {dtype}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise fault(f"bytes {offsets} do not fit shape {list(shape)} of {dtype}")
+    return TensorInfo(name, dtype, shape, file, data_start + offsets[0], data_start + offsets[1])
+
+
+def _check_spans(file: Path, tensors: list[TensorInfo], data_start: int, n_file: int) -> None:
+    expected = data_start
+    for info in tensors:
+        if info.start != expected:
+            message = "overlaps the tensor before it" if info.start < expected else "leaves a hole before it"
+            raise CheckpointError(Problem(f"{file}: {info.name}", message, _DAMAGED))
+        expected = info.end
+    if expected > n_file:
+        message = f"truncated: {n_file} bytes, the header says {expected}"
+        raise CheckpointError(Problem(str(file), message, _DAMAGED))
+    if expected < n_file:
+        raise CheckpointError(Problem(str(file), f"{n_file - expected} bytes behind the last tensor", _DAMAGED))
+
+
+def check_plain_name(place: str, name: object) -> str:
+    """Return `name` if it is a file name without any folder; raise CheckpointError otherwise."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
+    if not plain:
+        raise CheckpointError(Problem(place, f"unsafe file name {name!r}", "file names may not leave their folder"))
+    return str(name)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Read `model.safetensors.index.json`: tensor name to file name, every name checked."""
+    data = read_json(index)
+    weights = data.get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(Problem(str(index), "has no weight_map", _DAMAGED))
+    return {str(name): check_plain_name(str(index), file) for name, file in weights.items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object; raise CheckpointError when it does not."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or "unreadable").lower()
+        raise CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the path and its rights")) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(Problem(str(file), f"broken JSON: {error}", _DAMAGED)) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(Problem(str(file), "is not a JSON object", _DAMAGED))
+    return data
+
+
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Read the headers of all safetensors files of a model folder, by tensor name in file order.
+
+    With an index, each tensor must stand in the file that the index names, and no other may.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {info.name: info for info in read_header(folder / "model.safetensors").tensors}
+    places = read_index(index)
+    tensors: dict[str, TensorInfo] = {}
+    for file in dict.fromkeys(places.values()):
+        for info in read_header(folder / file).tensors:
+            if places.get(info.name) == file:
+                tensors[info.name] = info
+    if missing := [name for name in places if name not in tensors]:
+        place = f"{folder / places[missing[0]]}: {missing[0]}"
+        raise CheckpointError(Problem(place, "tensor is in the index but not in this file", _DAMAGED))
+    return tensors

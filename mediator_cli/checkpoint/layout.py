@@ -1,0 +1,86 @@
+"""Layers, blocks and module kinds, found from tensor names and the config, with no list of architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Granularity = Literal["layer", "block", "tensor"]
+_COUNT_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands: its decoder layer (None outside), the modules inside that layer, its parameter."""
+
+    layer: str | None
+    modules: tuple[str, ...]
+    parameter: str
+
+    @property
+    def kind(self) -> str:
+        """The module kind, such as `q_proj`; layers of a model have the same kinds."""
+        return self.modules[-1] if self.modules else self.parameter
+
+
+def place_of(name: str) -> Place:
+    """Take a tensor name apart at its first number, which counts the layers.
+
+    >>> place_of("model.layers.3.self_attn.q_proj.weight")
+    Place(layer='model.layers.3', modules=('self_attn', 'q_proj'), parameter='weight')
+    >>> place_of("model.norm.weight")
+    Place(layer=None, modules=('model', 'norm'), parameter='weight')
+    """
+    parts = name.split(".")
+    at = next((n for n, part in enumerate(parts[:-1]) if part.isdigit() and n > 0), None)
+    if at is None:
+        return Place(None, tuple(parts[:-1]), parts[-1])
+    return Place(".".join(parts[: at + 1]), tuple(parts[at + 1 : -1]), parts[-1])
+
+
+def unit_of(name: str, granularity: Granularity) -> str:
+    """Name the unit of assignment that a tensor belongs to.
+
+    >>> unit_of("model.layers.3.self_attn.q_proj.weight", "block")
+    'model.layers.3.self_attn'
+    >>> unit_of("model.embed_tokens.weight", "layer")
+    'model.embed_tokens'
+    """
+    if granularity == "tensor":
+        return name
+    place = place_of(name)
+    if place.layer is None:
+        return ".".join(place.modules) or name
+    if granularity == "block":
+        return ".".join((place.layer, *place.modules[:1]))
+    return place.layer
+
+
+def layers_of(names: Iterable[str]) -> tuple[str, ...]:
+    """List the decoder layers in the order of their numbers, stack by stack."""
+    found = dict.fromkeys(layer for name in names if (layer := place_of(name).layer) is not None)
+    return tuple(sorted(found, key=_stack_and_number))
+
+
+def _stack_and_number(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number)
+
+
+def missing_layers(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Say what is wrong when the layers found are not the layers that the config counts."""
+    count = next((config[name] for name in _COUNT_FIELDS if isinstance(config.get(name), int)), None)
+    stacks: dict[str, list[int]] = {}
+    for layer in layers_of(names):
+        stack, number = _stack_and_number(layer)
+        stacks.setdefault(stack, []).append(number)
+    for stack, numbers in stacks.items():
+        if gaps := sorted(set(range(max(numbers) + 1)) - set(numbers)):
+            return f"layer {stack}.{gaps[0]} is missing"
+    if count is not None and stacks and count not in [len(numbers) for numbers in stacks.values()]:
+        longest = max(stacks, key=lambda stack: len(stacks[stack]))
+        return f"the config counts {count} layers, the tensors have {len(stacks[longest])} ({longest})"
+    return None

@@ -1,0 +1,119 @@
+"""Tensors from disk, slab by slab: a slab is elements `start` to `stop` of a flattened tensor."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mediator_cli.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from mediator_cli.checkpoint.adapter import Adapter, LoraFactor
+    from mediator_cli.checkpoint.header import TensorInfo
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+_PRODUCT_ELEMENTS = 1 << 18
+"""B·A is computed in row blocks of about this many elements: the shape alone fixes them, so slabs cannot change bits."""
+
+
+@contextmanager
+def open_files(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
+    """Open each file once for reading; gives descriptors by path, closed at the end."""
+    with ExitStack() as stack:
+        descriptors: dict[Path, int] = {}
+        for file in dict.fromkeys(files):
+            try:
+                descriptors[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise _unreadable(file, error) from None
+            stack.callback(os.close, descriptors[file])
+        yield descriptors
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    reason = (error.strerror or "unreadable").lower()
+    return CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the disk and the file's rights"))
+
+
+def read_bytes(descriptors: Mapping[Path, int], info: TensorInfo, first: int, last: int) -> torch.Tensor:
+    """Read bytes `first` to `last` of a tensor into a new uint8 tensor [last - first]."""
+    buffer = torch.empty(last - first, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptors[info.file], [view[done:]], info.start + first + done)
+        except OSError as error:
+            raise _unreadable(info.file, error) from None
+        if count == 0:
+            message = "the file ends before its last tensor"
+            raise CheckpointError(Problem(f"{info.file}: {info.name}", message, "did another process change it?"))
+        done += count
+    return buffer
+
+
+def read_slab(descriptors: Mapping[Path, int], info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Read a slab in the tensor's own dtype [stop - start]."""
+    dtype = TORCH_DTYPES[info.dtype]
+    return read_bytes(descriptors, info, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
+
+
+@dataclass(frozen=True)
+class FullReader:
+    """Reads the slabs of a full checkpoint in float32."""
+
+    descriptors: Mapping[Path, int]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read one slab [stop - start] as float32."""
+        return read_slab(self.descriptors, self.tensors[name], start, stop).float()
+
+
+@dataclass(frozen=True)
+class AdapterReader:
+    """Reads the slabs of base + scale · B·A in float32, without a merged copy anywhere."""
+
+    base: FullReader
+    descriptors: Mapping[Path, int]
+    adapter: Adapter
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read one slab [stop - start] as float32."""
+        base = self.base.read(name, start, stop)
+        factor = self.adapter.factors.get(name)
+        return base if factor is None else base + self._delta(factor, start, stop)
+
+    def _delta(self, factor: LoraFactor, start: int, stop: int) -> torch.Tensor:
+        n_columns = factor.a.shape[1]
+        n_rows = max(1, _PRODUCT_ELEMENTS // max(1, n_columns))
+        a = self._factor(factor.a, 0, factor.a.size)
+        blocks = []
+        first_block = start // (n_rows * n_columns) if n_columns else 0
+        for row in range(first_block * n_rows, -(-stop // n_columns) if n_columns else 0, n_rows):
+            blocks.append(self._rows(factor, a, row, min(row + n_rows, factor.b.shape[0])))
+        offset = start - first_block * n_rows * n_columns
+        return torch.cat(blocks)[offset : offset + stop - start] if blocks else torch.zeros(stop - start)
+
+    def _rows(self, factor: LoraFactor, a: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Multiply in float64, so that the float32 result hardly depends on the order of the sum."""
+        rank = factor.b.shape[1]
+        b = self._factor(factor.b, first * rank, last * rank)
+        product = b.view(last - first, rank) @ a.view(rank, -1)
+        return (product * factor.scale).float().flatten()
+
+    def _factor(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        return read_slab(self.descriptors, info, start, stop).double()
+
+
+Reader = FullReader | AdapterReader

@@ -1,0 +1,55 @@
+"""SHA-256 of files and of tensors' bytes, in parallel."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from mediator_cli.checkpoint.read import open_files, read_bytes
+from mediator_cli.engine.pool import map_ordered
+from mediator_cli.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from mediator_cli.checkpoint.header import TensorInfo
+
+_CHUNK = 1 << 20
+
+
+def digest_file(file: Path, advance: Callable[[int], None]) -> str:
+    """Digest a whole file."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        reason = (error.strerror or "unreadable").lower()
+        raise CheckpointError(
+            Problem(str(file), f"cannot read: {reason}", "check the disk and the file's rights")
+        ) from None
+    return digest.hexdigest()
+
+
+def digest_files(files: Sequence[Path], workers: int, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Digest files side by side."""
+    unique = list(dict.fromkeys(files))
+    return dict(zip(unique, map_ordered(lambda file: digest_file(file, advance), unique, workers), strict=True))
+
+
+def digest_tensors(tensors: Mapping[str, TensorInfo], workers: int, advance: Callable[[int], None]) -> dict[str, str]:
+    """Digest the bytes of each tensor as they lie on disk."""
+    with open_files(info.file for info in tensors.values()) as descriptors:
+
+        def one(info: TensorInfo) -> str:
+            digest = hashlib.sha256()
+            for start in range(0, info.n_bytes, _CHUNK):
+                chunk = read_bytes(descriptors, info, start, min(start + _CHUNK, info.n_bytes))
+                digest.update(memoryview(chunk.numpy()))
+                advance(len(chunk))
+            return digest.hexdigest()
+
+        return dict(zip(tensors, map_ordered(one, list(tensors.values()), workers), strict=True))

@@ -1,0 +1,245 @@
+"""Write one sparse expert: what it adds to the dense tensors of the routed units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from mediator_cli.bundle.sparse import (
+    ESCAPE,
+    decode_values,
+    encode_gaps,
+    encode_values,
+    index_codec,
+    pack_bits,
+    same_bits,
+)
+from mediator_cli.bundle.sparse_file import SparseTensor, start_sparse_file
+from mediator_cli.checkpoint.read import TORCH_DTYPES, read_slab
+from mediator_cli.engine.reduce import sum_blocks
+from mediator_cli.engine.select import Threshold, select_magnitudes
+from mediator_cli.engine.streams import BLOCK, check_finite, pieces, uniform_slab
+from mediator_cli.stages.extract import (
+    keep_largest,
+    keep_random,
+    kept_count,
+    scale_candidates,
+    scale_errors,
+    sign_sums,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from mediator_cli.bundle.sparse_file import SparseFileWriter
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.read import Reader
+    from mediator_cli.engine.streams import Piece
+    from mediator_cli.plan.model import TensorPlan
+
+_LOSSLESS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense tensors just written, open for reading."""
+
+    descriptors: Mapping[Path, int]
+    tensors: Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """One expert to extract: its reader, the dense tensors it adds to, the slab size and the seed."""
+
+    name: str
+    reader: Reader
+    dense: Dense
+    slab: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a sparse expert keeps of one tensor: entries, squared norm of the delta and of the error."""
+
+    n_kept: int
+    n_overrides: int
+    energy: float
+    error: float
+
+
+def extract_expert(
+    job: Extraction, tensors: Sequence[TensorPlan], file: Path, advance: Callable[[int], None]
+) -> dict[str, Kept]:
+    """Write the file of one sparse expert; return what it keeps of each tensor."""
+    kept: dict[str, Kept] = {}
+    with file.open("xb") as stream:
+        writer = start_sparse_file(file, stream, job.name, [tensor.name for tensor in tensors])
+        for tensor in tensors:
+            kept[tensor.name] = _extract_tensor(job, tensor, writer)
+            advance(tensor.size)
+        writer.finish()
+    return kept
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One slab: the expert's tensor [m] and the dense one in the output dtype, and their difference in float32."""
+
+    expert: torch.Tensor
+    dense: torch.Tensor
+    delta: torch.Tensor
+
+
+def _part(job: Extraction, tensor: TensorPlan, piece: Piece) -> _Part:
+    exact = job.reader.read(piece.tensor, piece.start, piece.stop)
+    if not torch.isfinite(exact.sum()):
+        check_finite(exact, f"expert {job.name}", piece)
+    expert = exact.to(TORCH_DTYPES[tensor.dtype])
+    dense = read_slab(job.dense.descriptors, job.dense.tensors[piece.tensor], piece.start, piece.stop)
+    return _Part(expert, dense, expert.float() - dense.float())
+
+
+def _masked(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> Iterator[tuple[Piece, _Part, torch.Tensor]]:
+    """Go through a tensor in order; give each slab with its mask of kept entries."""
+    count = kept_count(tensor.extract.density, tensor.size)
+    ties = count - threshold.n_above
+    for piece in pieces(tensor.name, tensor.size, job.slab):
+        part = _part(job, tensor, piece)
+        if tensor.extract.select == "random":
+            mask = keep_random(part.delta, uniform_slab(job.seed, job.name, piece), tensor.extract.density)
+        else:
+            mask = keep_largest(part.delta, threshold.value, ties)
+            ties -= int((part.delta[mask].abs() == threshold.value).sum())
+        yield piece, part, mask
+
+
+def _threshold(job: Extraction, tensor: TensorPlan) -> Threshold:
+    count = kept_count(tensor.extract.density, tensor.size)
+    needs_bound = tensor.extract.values == "int8"
+    if not needs_bound and (tensor.extract.select == "random" or count == tensor.size):
+        return Threshold(0.0, 0, float("inf"))
+
+    def ranked(piece: Piece) -> torch.Tensor:
+        return _part(job, tensor, piece).delta[None]
+
+    return select_magnitudes(pieces(tensor.name, tensor.size, job.slab), ranked, [count], map)[0]
+
+
+def _scale(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> float:
+    """Find the scale with the least squared error: exact for signs, the best of a list for int8."""
+    if tensor.extract.values == "sign":
+        total, count = sum_blocks(map(_per_block(sign_sums), _kept_values(job, tensor, threshold))).tolist()
+        return total / count if count else 1.0
+    if tensor.extract.values == "int8" and 0 < threshold.bound < float("inf"):
+        scales = scale_candidates(threshold.bound * _factor(tensor))
+        errors = _per_block(partial(scale_errors, scales=scales))
+        return float(scales[sum_blocks(map(errors, _kept_values(job, tensor, threshold))).argmin()])
+    return 1.0
+
+
+def _kept_values(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Give each slab's kept values, block by block."""
+    factor = _factor(tensor)
+    for _, part, mask in _masked(job, tensor, threshold):
+        blocks = zip(part.delta.split(BLOCK), mask.split(BLOCK), strict=True)
+        yield tuple(delta[kept] * factor for delta, kept in blocks)
+
+
+def _per_block(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
+    return lambda blocks: torch.stack([function(block) for block in blocks])
+
+
+def _factor(tensor: TensorPlan) -> float:
+    return 1.0 / tensor.extract.density if tensor.extract.rescale else 1.0
+
+
+def _extract_tensor(job: Extraction, tensor: TensorPlan, writer: SparseFileWriter) -> Kept:
+    if not tensor.size:
+        return Kept(0, 0, 0.0, 0.0)
+    threshold = _threshold(job, tensor)
+    coder = _Coder(tensor, _scale(job, tensor, threshold), [], [], [], [])
+    stored = (coder.encode(piece, part, mask) for piece, part, mask in _masked(job, tensor, threshold))
+    codec = tensor.extract.values
+    if codec == "sign":
+        signs = torch.cat(list(stored))
+        writer.append([pack_bits(signs)], f"{tensor.name}.values", torch.uint8)
+        n_kept = len(signs)
+    else:
+        dtype = encode_values(torch.zeros(0), codec, 1.0).dtype
+        n_kept = writer.append(stored, f"{tensor.name}.values", dtype)
+    return coder.finish(writer, n_kept)
+
+
+@dataclass
+class _Coder:
+    """What gathers while the values of one tensor are written."""
+
+    tensor: TensorPlan
+    scale: float
+    index: list[torch.Tensor]
+    override_index: list[torch.Tensor]
+    override_values: list[torch.Tensor]
+    energies: list[torch.Tensor]
+    position: int = 0
+
+    def encode(self, piece: Piece, part: _Part, mask: torch.Tensor) -> torch.Tensor:
+        """Encode one slab's kept values and note their positions, errors and overrides."""
+        extract = self.tensor.extract
+        local = torch.nonzero(mask).flatten()
+        self._note_positions(piece, local, mask)
+        stored = encode_values(part.delta[local] * _factor(self.tensor), extract.values, self.scale)
+        decoded = decode_values(stored, extract.values, self.scale)
+        wide = part.delta.double()
+        missing = wide.clone()
+        missing[local] -= decoded.double()
+        self.energies.append(_square_sums(wide, missing))
+        if extract.density == 1 and extract.values in _LOSSLESS and not extract.rescale:
+            self._note_overrides(piece, part, local, decoded)
+        return stored
+
+    def _note_positions(self, piece: Piece, local: torch.Tensor, mask: torch.Tensor) -> None:
+        if index_codec(self.tensor.extract.density) == "bitmap":
+            self.index.append(pack_bits(mask))
+        elif len(local):
+            self.index.append(encode_gaps(local + piece.start, self.position))
+            self.position = piece.start + int(local[-1]) + 1
+
+    def _note_overrides(self, piece: Piece, part: _Part, local: torch.Tensor, decoded: torch.Tensor) -> None:
+        rebuilt = part.dense.float()
+        rebuilt[local] += decoded
+        wrong = torch.nonzero(~same_bits(rebuilt.to(part.expert.dtype), part.expert)).flatten()
+        self.override_index.append(wrong + piece.start)
+        self.override_values.append(part.expert[wrong])
+
+    def finish(self, writer: SparseFileWriter, n_kept: int) -> Kept:
+        """Append index and overrides, note the tensor in the header."""
+        name, extract = self.tensor.name, self.tensor.extract
+        codec = index_codec(extract.density)
+        writer.append(self.index, f"{name}.{codec}", torch.uint8, ESCAPE if codec == "gaps" else 0)
+        n_overrides = sum(len(part) for part in self.override_index)
+        if n_overrides:
+            writer.append(self.override_index, f"{name}.override_index", torch.int64)
+            writer.append(self.override_values, f"{name}.override_values", TORCH_DTYPES[self.tensor.dtype])
+        writer.tensors[name] = SparseTensor(
+            shape=self.tensor.shape,
+            n_kept=n_kept,
+            index=codec,
+            values=extract.values,
+            scale=self.scale,
+            n_overrides=n_overrides,
+        )
+        energy, error = sum_blocks(self.energies).tolist()
+        return Kept(n_kept, n_overrides, energy, error)
+
+
+def _square_sums(wide: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    sums = [torch.stack([block.square().sum() for block in tensor.split(BLOCK)]) for tensor in (wide, missing)]
+    return torch.stack(sums, dim=1)

@@ -1,0 +1,1 @@
+"""How tensors combine: the registry, and one file for each merge method."""

@@ -1,0 +1,157 @@
+"""Steps that several methods share. Sums run in recipe order, in float32, without fused multiply-add."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from mediator_cli.methods.registry import Over, Params, Slab
+
+Lambda = Annotated[float, Field(allow_inf_nan=False, description="Factor on the merged delta.")]
+Normalize = Annotated[bool, Field(description="Divide by the sum of the weights.")]
+KeepChance = Annotated[float, Field(gt=0, le=1, description="Chance of each entry to stay.")]
+TrimDensity = Annotated[float, Field(gt=0, le=1, description="Share of entries that trimming keeps.")]
+TrimOver = Annotated[Over, Field(description="Rank magnitudes over the whole model or per tensor.")]
+Keep = Annotated[Literal["paper", "exact"], Field(description="Entries kept: int(n·d)+1 or max(1, int(n·d)).")]
+Merge = Annotated[Literal["mean", "sum", "max"], Field(description="How agreeing entries are merged.")]
+ZeroSign = Annotated[
+    Literal["majority", "positive"], Field(description="Sign of an exact tie: the majority's, or plus.")
+]
+Rescale = Annotated[
+    Literal["expected", "l1", "none"],
+    Field(description="expected: divide by density. l1: restore the L1 norm (mergekit). none."),
+]
+
+
+def weighted_sum(tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum weights [n] · tensors [n, m] in recipe order; float32 [m]."""
+    total = tensors[0] * weights[0].float()
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += tensor * weight.float()
+    return total
+
+
+def ordered_sum(tensors: torch.Tensor) -> torch.Tensor:
+    """Sum tensors [n, m] in recipe order."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+def total_weight(weights: torch.Tensor) -> torch.Tensor:
+    """Sum the weights [n] in float64 in recipe order; one float32 number."""
+    return torch.tensor(sum(weights.tolist()), dtype=torch.float32)
+
+
+def kth_magnitudes(tensors: torch.Tensor, k: int) -> torch.Tensor:
+    """Find the k-th largest magnitude in each row [n, m]; 0 when k reaches the row's length."""
+    if k >= tensors.shape[1]:
+        return torch.zeros(tensors.shape[0])
+    return tensors.abs().kthvalue(tensors.shape[1] - k + 1, dim=1).values
+
+
+def trim_count(params: Params, n: int) -> int:
+    """Count the entries that trimming keeps of n.
+
+    The official TIES code keeps int(n·density) + 1 (`keep: paper`), mergekit max(1, int(n·density)) (`keep: exact`).
+    """
+    density = float(params.get("trim_density", params["density"]))
+    if density >= 1:
+        return n
+    return min(n, int(n * density) + 1) if params["keep"] == "paper" else min(n, max(1, int(n * density)))
+
+
+def trims_over(params: Params) -> Over:
+    """Say over what the magnitudes are ranked."""
+    over: Over = params["trim"]
+    return over
+
+
+def breaks_ties_by_majority(params: Params) -> bool:
+    """Whether an exact tie of signs takes the majority's sign."""
+    return bool(params["zero_sign"] == "majority")
+
+
+def trim_entries(deltas: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Set entries below their row's threshold to zero; entries equal to it all stay."""
+    return torch.where(deltas.abs() >= thresholds[:, None], deltas, 0.0)
+
+
+def elect_signs(weighted: torch.Tensor, zero_sign: torch.Tensor | float) -> torch.Tensor:
+    """Elect one sign for each entry by total mass; a tie takes `zero_sign`."""
+    signs = ordered_sum(weighted).sign()
+    return torch.where(signs == 0, torch.as_tensor(zero_sign, dtype=signs.dtype), signs)
+
+
+def agreeing_merge(weighted: torch.Tensor, weights: torch.Tensor, signs: torch.Tensor, merge: Merge) -> torch.Tensor:
+    """Merge only the entries whose sign is the elected one (TIES, "disjoint merge").
+
+    mean divides by the weights of the agreeing models, sum does not, max takes the largest magnitude.
+    """
+    agrees = torch.where(signs > 0, weighted > 0, weighted < 0)
+    kept = torch.where(agrees, weighted, 0.0)
+    if merge == "max":
+        return kept.abs().amax(dim=0) * signs
+    total = ordered_sum(kept)
+    if merge == "sum":
+        return total
+    mass = weighted_sum(agrees.float(), weights)
+    return total / torch.where(mass == 0, 1.0, mass)
+
+
+def drop(deltas: torch.Tensor, uniforms: torch.Tensor, density: float) -> torch.Tensor:
+    """Keep each entry with probability `density`: where its uniform number lies below it."""
+    return torch.where(uniforms < density, deltas, 0.0)
+
+
+def l1_block(slab: Slab) -> torch.Tensor:
+    """Sum |delta| and |kept delta| of one block; float64 [2, n]."""
+    if slab.uniforms is None:
+        raise ValueError("random methods need uniforms")
+    kept = drop(slab.inputs, slab.uniforms, slab.params["density"])
+    return torch.stack([slab.inputs.double().abs().sum(dim=1), kept.double().abs().sum(dim=1)])
+
+
+def needs_l1(params: Params) -> bool:
+    """Whether dropped deltas are rescaled by their L1 norm."""
+    return bool(params["rescale"] == "l1")
+
+
+def drop_and_rescale(
+    deltas: torch.Tensor, uniforms: torch.Tensor, density: float, rescale: Rescale, l1: torch.Tensor | None
+) -> torch.Tensor:
+    """Drop at random, then restore the scale: by 1/density (DARE), by the ratio of L1 norms (mergekit), or not."""
+    kept = drop(deltas, uniforms, density)
+    if rescale == "expected":
+        return kept / density
+    if rescale == "none":
+        return kept
+    norms = _l1(deltas, kept) if l1 is None else l1
+    ratio = torch.where(norms[1] > 0, norms[0] / norms[1].clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+    return kept * ratio.float()[:, None]
+
+
+def _l1(deltas: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return torch.stack([deltas.double().abs().sum(dim=1), kept.double().abs().sum(dim=1)])
+
+
+def dropped(slab: Slab) -> torch.Tensor:
+    """Give the deltas of a slab as DARE leaves them."""
+    if slab.uniforms is None:
+        raise ValueError("random methods need uniforms")
+    params: dict[str, Any] = dict(slab.params)
+    return drop_and_rescale(slab.inputs, slab.uniforms, params["density"], params["rescale"], slab.statistics.get("l1"))
+
+
+def majority_block(trimmed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Count elected signs, plus minus minus, of trimmed deltas [n, m]; float64 [1]."""
+    signs = ordered_sum(scaled(trimmed, weights)).sign()
+    return signs.sum(dtype=torch.float64)[None]
+
+
+def scaled(deltas: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply deltas [n, m] by weights [n] in float32."""
+    return deltas * weights.float()[:, None]

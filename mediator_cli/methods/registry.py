@@ -1,0 +1,215 @@
+"""The contract of a merge method: its signature is its schema, its decorator says how to stream it.
+
+A method is a pure function of stacked slabs. Two positional arguments: `deltas [n, m]` (space `delta`)
+or `tensors [n, m]` (space `weight`), and `weights [n]` in float64. Its keyword-only arguments are, by name:
+statistics that it declares, `uniforms [n, m]` if it is random, and everything else is a parameter of the recipe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+import mediator_cli.methods as package
+from mediator_cli.errors import Problem, did_you_mean
+
+Params = Mapping[str, Any]
+Space = Literal["delta", "weight"]
+Scope = Literal["element"]
+Over = Literal["tensor", "model"]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """What a statistic sees of one slab: inputs [n, m], weights [n], parameters, statistics found before it."""
+
+    inputs: torch.Tensor
+    weights: torch.Tensor
+    params: Params
+    statistics: Mapping[str, torch.Tensor]
+    uniforms: torch.Tensor | None
+
+
+def _inputs_of(slab: Slab) -> torch.Tensor:
+    return slab.inputs
+
+
+@dataclass(frozen=True)
+class Select:
+    """A statistic: the k-th largest magnitude of each input, exactly; float32 [n]; 0 where k reaches all entries.
+
+    `count` gives k from the parameters and the number of entries; `of` what is ranked, default the inputs.
+    """
+
+    name: str
+    count: Callable[[Params, int], int]
+    over: Callable[[Params], Over]
+    needed: Callable[[Params], bool]
+    of: Callable[[Slab], torch.Tensor] = _inputs_of
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A statistic: the sum over fixed blocks of what `block` gives for one block, in float64, in block order."""
+
+    name: str
+    block: Callable[[Slab], torch.Tensor]
+    over: Callable[[Params], Over]
+    needed: Callable[[Params], bool]
+
+
+Statistic = Select | Sum
+
+
+def over_tensor(params: Params) -> Over:
+    """Say that a statistic is always taken per tensor."""
+    return "tensor"
+
+
+def always(params: Params) -> bool:
+    """Say that a statistic is always needed."""
+    return True
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method and what the engine and the documentation need to know of it."""
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    space: Space
+    reference: str
+    schema: type[BaseModel]
+    scope: Scope = "element"
+    statistics: tuple[Statistic, ...] = ()
+    presets: Mapping[str, Params] = field(default_factory=dict)
+    n_inputs: tuple[int, int | None] = (1, None)
+    random: bool = False
+    symmetric: bool = True
+    identity_at_one: bool = False
+    uses_weights: bool = True
+    normalizes: Callable[[Params], bool] | None = None
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return inspect.getdoc(self.function).split("\n", 1)[0]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class ResolvedMethod:
+    """A method with all parameters after presets and defaults; `key` is equal for equal work."""
+
+    method: Method
+    params: Params
+
+    @property
+    def key(self) -> str:
+        """A text that is the same for the same method and parameters."""
+        return f"{self.method.name}({', '.join(f'{k}={v!r}' for k, v in sorted(self.params.items()))})"
+
+    def needed_statistics(self) -> tuple[Statistic, ...]:
+        """The statistics that these parameters call for, in the order in which they must be found."""
+        return tuple(statistic for statistic in self.method.statistics if statistic.needed(self.params))
+
+    def __call__(
+        self,
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        statistics: Mapping[str, torch.Tensor] | None = None,
+        uniforms: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Combine inputs [n, m] to [m]; a delta method's answer is still to be added to the base."""
+        extra: dict[str, Any] = dict(statistics or {})
+        if self.method.random:
+            extra["uniforms"] = uniforms
+        return self.method.function(inputs, weights, **{_argument(k): v for k, v in self.params.items()}, **extra)
+
+
+_REGISTERED: dict[str, Method] = {}
+
+
+def merge_method(*, space: Space, reference: str, **facts: Any) -> Callable[..., Any]:  # noqa: ANN401 - Method's own fields
+    """Register a function as a merge method under its own name; `facts` are fields of Method."""
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        names = {statistic.name for statistic in facts.get("statistics", ())}
+        schema = _schema_of(function, names | {"uniforms"})
+        _REGISTERED[function.__name__] = Method(function.__name__, function, space, reference, schema, **facts)
+        return function
+
+    return register
+
+
+def _argument(field_name: str) -> str:
+    return f"{field_name}_" if field_name == "lambda" else field_name
+
+
+def _schema_of(function: Callable[..., Any], not_parameters: set[str]) -> type[BaseModel]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in not_parameters:
+            fields[parameter.name.rstrip("_")] = (hints[parameter.name], parameter.default)
+    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", strict=True, frozen=True), **fields)
+
+
+def methods() -> dict[str, Method]:
+    """Return all methods by name: those of this package, then those of installed packages."""
+    for module in iter_modules(package.__path__):
+        if not module.name.startswith("_") and module.name != "registry":
+            import_module(f"{package.__name__}.{module.name}")
+    for point in entry_points(group="mediator_cli.methods"):
+        point.load()
+    return dict(sorted(_REGISTERED.items()))
+
+
+def get_method(name: str) -> Method:
+    """Return a method by name; raise KeyError with a suggestion when there is none."""
+    known = methods()
+    if name not in known:
+        raise KeyError(did_you_mean(name, known))
+    return known[name]
+
+
+def resolve_method(
+    name: str, preset: str | None, given: Params, place: Callable[[str], str]
+) -> ResolvedMethod | list[Problem]:
+    """Check method, preset and parameters; give the resolved method or all that is wrong with them.
+
+    `place` turns the name of a field into where the user wrote it.
+    """
+    known = methods()
+    if name not in known:
+        return [Problem(place("method"), f"unknown merge method '{name}'", did_you_mean(name, known))]
+    method = known[name]
+    presets = {"paper": {}, **method.presets}
+    if preset is not None and preset not in presets:
+        return [Problem(place("preset"), f"{name} has no preset '{preset}'", did_you_mean(preset, presets))]
+    values = {**presets[preset or "paper"], **given}
+    try:
+        params = method.schema.model_validate(values).model_dump()
+    except ValidationError as error:
+        return [_parameter_problem(method, place, item) for item in error.errors(include_url=False)]
+    return ResolvedMethod(method, params)
+
+
+def _parameter_problem(method: Method, place: Callable[[str], str], item: Any) -> Problem:  # noqa: ANN401 - pydantic's dict
+    name = str(item["loc"][0])
+    if item["type"] == "extra_forbidden":
+        known = list(method.schema.model_fields)
+        hint = did_you_mean(name, known) if known else f"{method.name} takes no parameters"
+        return Problem(place(name), f"{method.name} has no parameter '{name}'", hint)
+    if item["type"] == "missing":
+        return Problem(place(name), f"{method.name} needs '{name}'", f"see `mediator methods {method.name}`")
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return Problem(place(name), f"{message} (got {item['input']!r})", f"see `mediator methods {method.name}`")

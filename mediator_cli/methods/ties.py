@@ -1,0 +1,73 @@
+"""Trim, elect sign, merge."""
+
+from __future__ import annotations
+
+import torch
+
+from mediator_cli.methods._ops import (
+    Keep,
+    Lambda,
+    Merge,
+    TrimDensity,
+    TrimOver,
+    ZeroSign,
+    agreeing_merge,
+    breaks_ties_by_majority,
+    elect_signs,
+    kth_magnitudes,
+    majority_block,
+    scaled,
+    trim_count,
+    trim_entries,
+    trims_over,
+)
+from mediator_cli.methods.registry import Select, Slab, Sum, always, merge_method
+
+
+def _majority(slab: Slab) -> torch.Tensor:
+    return majority_block(trim_entries(slab.inputs, slab.statistics["thresholds"]), slab.weights)
+
+
+@merge_method(
+    space="delta",
+    reference="https://arxiv.org/abs/2306.01708",
+    statistics=(
+        Select("thresholds", trim_count, trims_over, always),
+        Sum("majority", _majority, trims_over, breaks_ties_by_majority),
+    ),
+    presets={
+        "mergekit": {"density": 1.0, "trim": "tensor", "keep": "exact", "zero_sign": "positive"},
+        "fusion_bench": {"lambda": 0.3, "merge": "sum"},
+        "mergellm": {"trim": "tensor"},
+    },
+)
+def ties(
+    deltas: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    density: TrimDensity = 0.2,
+    lambda_: Lambda = 1.0,
+    merge: Merge = "mean",
+    trim: TrimOver = "model",
+    keep: Keep = "paper",
+    zero_sign: ZeroSign = "majority",
+    thresholds: torch.Tensor | None = None,
+    majority: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Keep each expert's largest changes, elect one sign for each entry, average what agrees with it.
+
+    τ̂ₜ = the top `density` of τₜ by magnitude; γ = sign(Σ wₜ·τ̂ₜ); the result is λ · mean of the wₜ·τ̂ₜ whose sign
+    is γ. Entries that share the threshold's magnitude all stay, so slightly more than the share may be kept.
+    Apt when experts change the same entries in opposite directions. Preset `mergekit` trims per tensor.
+
+    >>> ties(torch.tensor([[4.0, 1.0, -2.0], [2.0, -3.0, 1.0]]), torch.ones(2), density=0.4)
+    tensor([ 3., -3., -2.])
+    """
+    if thresholds is None:
+        thresholds = kth_magnitudes(deltas, trim_count({"density": density, "keep": keep}, deltas.shape[1]))
+    trimmed = trim_entries(deltas, thresholds)
+    if majority is None and zero_sign == "majority":
+        majority = majority_block(trimmed, weights)
+    weighted = scaled(trimmed, weights)
+    signs = elect_signs(weighted, 1.0 if majority is None else majority.sign())
+    return agreeing_merge(weighted, weights, signs, merge) * lambda_

@@ -1,0 +1,237 @@
+"""From a plan to a finished bundle: conflict, assign, average, extract, manifest, publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mediator_cli.bundle.manifest import CONFLICTS, EXPERTS_FOLDER, MANIFEST, FileRecord, to_json
+from mediator_cli.checkpoint.read import open_files
+from mediator_cli.checkpoint.source import weight_files
+from mediator_cli.checkpoint.write import NewTensor, index_json, plan_shards
+from mediator_cli.engine.combine import DenseTensor, write_dense
+from mediator_cli.engine.digest import digest_files, digest_tensors
+from mediator_cli.engine.extract import Dense, Extraction, extract_expert
+from mediator_cli.engine.pool import map_ordered, single_threaded_kernels
+from mediator_cli.engine.publish import check_output, publish
+from mediator_cli.engine.statistics import Found, find_statistics, group_by_method
+from mediator_cli.engine.streams import make_budget, open_streams
+from mediator_cli.errors import OutputError, Problem
+from mediator_cli.pipeline.conflicts import conflict_passes, measure_conflicts, reuse_report, scores_by_measure
+from mediator_cli.pipeline.progress import Progress, counter, silent
+from mediator_cli.pipeline.record import Outcome, make_manifest, model_card
+from mediator_cli.pipeline.side_files import write_side_files
+from mediator_cli.recipe.schema import parse_size
+from mediator_cli.stages.assign import assign_units
+
+if TYPE_CHECKING:
+    from mediator_cli.bundle.manifest import ConflictReport, Manifest
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.engine.extract import Kept
+    from mediator_cli.engine.streams import Budget, Streams
+    from mediator_cli.plan.model import Plan, TensorPlan
+    from mediator_cli.stages.assign import Decision
+
+DEFAULT_MEMORY = 2 << 30
+_READ_RATE = 2
+"""Bytes of one stored element, for progress in bytes; most checkpoints are 16-bit."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run: output rules, memory in bytes, worker threads, and where progress goes."""
+
+    overwrite: bool = False
+    memory: int = DEFAULT_MEMORY
+    workers: int = os.cpu_count() or 1
+    progress: Progress = silent
+    slab: int | None = None
+
+
+def output_folder(plan: Plan, output: Path | None) -> Path:
+    """Choose the bundle's folder: the one given, the recipe's output.path, or one named after the recipe, here."""
+    written = plan.loaded.recipe.output.path
+    if output is not None:
+        return output.absolute()
+    return plan.loaded.resolve(written) if written else Path.cwd() / plan.loaded.path.stem
+
+
+def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictReport:
+    """Measure how much the experts of a plan disagree, without merging."""
+    run = settings or Settings()
+    if len(plan.experts) < 2:
+        place = plan.loaded.place("experts")
+        raise OutputError(Problem(place, "conflict needs at least two experts", "add an expert"))
+    with open_streams(plan) as streams, single_threaded_kernels():
+        return _measure(plan, streams, _budget(plan, run), digest_sources(plan, run), run)
+
+
+def merge(
+    plan: Plan, output: Path | None = None, conflicts: Path | None = None, settings: Settings | None = None
+) -> Path:
+    """Carry a plan out and return the finished bundle's folder.
+
+    Nothing appears at the output before all of it is written. Raises MediatorError for what the user can mend.
+    """
+    run = settings or Settings()
+    target = output_folder(plan, output)
+    check_output(target, run.overwrite)
+    _check_space(plan, target)
+    budget = _budget(plan, run)
+    with publish(target, run.overwrite) as folder, open_streams(plan) as streams, single_threaded_kernels():
+        sources = digest_sources(plan, run)
+        report = _report(plan, streams, budget, sources, conflicts, run)
+        scores = scores_by_measure(plan, report) if report else {}
+        assignment = assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
+        dense = _write_dense(plan, streams, folder, assignment, budget, run)
+        kept = _write_experts(plan, streams, folder, assignment, dense, budget, run)
+        write_side_files(plan, folder)
+        if report is not None:
+            (folder / CONFLICTS).write_text(to_json(report), encoding="utf-8")
+        _write_records(plan, folder, Outcome(sources, report, assignment, dense, kept), run)
+    return target
+
+
+def _budget(plan: Plan, run: Settings) -> Budget:
+    budget = make_budget(len(plan.experts), run.workers, run.memory)
+    return budget if run.slab is None else type(budget)(budget.workers, run.slab)
+
+
+def dense_bytes(plan: Plan) -> int:
+    """Count the bytes of the dense expert's tensors."""
+    return sum(_new(tensor).n_bytes for tensor in plan.tensors)
+
+
+def free_bytes(target: Path) -> int:
+    """Count the free bytes of the disk that will hold `target`."""
+    parent = next(folder for folder in [target, *target.parents] if folder.exists())
+    return shutil.disk_usage(parent).free
+
+
+def _check_space(plan: Plan, target: Path) -> None:
+    free, needed = free_bytes(target), dense_bytes(plan)
+    if free < needed:
+        message = f"the disk has {free / 1e9:.2f} GB free, the dense model alone needs {needed / 1e9:.2f} GB"
+        raise OutputError(Problem(str(target), message, "free some space or choose another output with -o"))
+
+
+def digest_sources(plan: Plan, run: Settings) -> dict[str, tuple[FileRecord, ...]]:
+    """Digest all weight files of base and experts, by source name."""
+    owners = {"base": weight_files(plan.base.tensors)}
+    owners |= {expert.name: weight_files(expert.tensors) for expert in plan.experts}
+    files = [file for group in owners.values() for file in group]
+    sizes = {file: file.stat().st_size for file in files}
+    digests = digest_files(files, run.workers, counter(run.progress, "digest sources", sum(sizes.values())))
+    return {
+        name: tuple(FileRecord(name=file.name, bytes=sizes[file], sha256=digests[file]) for file in group)
+        for name, group in owners.items()
+    }
+
+
+def _per_element(plan: Plan) -> int:
+    return (len(plan.experts) + 1) * _READ_RATE
+
+
+def _report(
+    plan: Plan,
+    streams: Streams,
+    budget: Budget,
+    sources: dict[str, tuple[FileRecord, ...]],
+    conflicts: Path | None,
+    run: Settings,
+) -> ConflictReport | None:
+    if conflicts is not None:
+        return reuse_report(plan, conflicts, sources)
+    if plan.loaded.recipe.assign.rule == "none" or len(plan.experts) < 2:
+        return None
+    return _measure(plan, streams, budget, sources, run)
+
+
+def _measure(
+    plan: Plan, streams: Streams, budget: Budget, sources: dict[str, tuple[FileRecord, ...]], run: Settings
+) -> ConflictReport:
+    total = sum(tensor.size for tensor in plan.tensors) * conflict_passes(plan.loaded.recipe.conflict.denoise)
+    advance = counter(run.progress, "measure conflict", total * _per_element(plan), _per_element(plan))
+    return measure_conflicts(plan, streams, budget, advance, sources)
+
+
+def _new(tensor: TensorPlan) -> NewTensor:
+    return NewTensor(tensor.name, tensor.dtype, tensor.shape)
+
+
+def _write_dense(
+    plan: Plan, streams: Streams, folder: Path, assignment: dict[str, Decision], budget: Budget, run: Settings
+) -> dict[str, TensorInfo]:
+    keeps_base = plan.loaded.recipe.extract.dense == "base"
+    tensors = [DenseTensor(t, keeps_base and assignment[t.unit] == "route") for t in plan.tensors]
+    averaged = {tensor.plan.name for tensor in tensors if not tensor.from_base}
+    # Thresholds over the model are over all tensors of a method, routed or not, so that they never depend on routing.
+    groups = [g for g in group_by_method(plan.tensors) if any(t.name in averaged for t in g.tensors)]
+    found: Found = {}
+    total = sum(group.n_read for group in groups)
+    advance = counter(run.progress, "rank deltas", total * _per_element(plan), _per_element(plan)) if total else None
+    for group in groups:
+        found |= find_statistics(streams, group, budget, advance or (lambda n: None))
+    shards = plan_shards([_new(tensor) for tensor in plan.tensors], parse_size(plan.loaded.recipe.output.shard_size))
+    total = sum(tensor.size for tensor in plan.tensors)
+    advance = counter(run.progress, "average", total * _per_element(plan), _per_element(plan))
+    infos = write_dense(streams, tensors, {folder / n: s for n, s in shards.items()}, found, budget, advance)
+    if len(shards) > 1:
+        index = folder / "model.safetensors.index.json"
+        index.write_text(_json(index_json(shards)), encoding="utf-8")
+    return {tensor.name: infos[tensor.name] for tensor in plan.tensors}
+
+
+def _write_experts(
+    plan: Plan,
+    streams: Streams,
+    folder: Path,
+    assignment: dict[str, Decision],
+    dense: dict[str, TensorInfo],
+    budget: Budget,
+    run: Settings,
+) -> dict[str, dict[str, Kept]]:
+    routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.average is not None]
+    if not routed:
+        return {}
+    (folder / EXPERTS_FOLDER).mkdir()
+    total = sum(tensor.size for tensor in routed) * len(plan.experts) * _READ_RATE
+    advance = counter(run.progress, "extract experts", total, _READ_RATE)
+    with open_files(info.file for info in dense.values()) as descriptors:
+
+        def one(index: int) -> dict[str, Kept]:
+            name = plan.experts[index].name
+            open_dense = Dense(descriptors, dense)
+            job = Extraction(name, streams.experts[index], open_dense, budget.slab, streams.seed)
+            return extract_expert(job, routed, folder / EXPERTS_FOLDER / f"{name}.safetensors", advance)
+
+        results = map_ordered(one, range(len(plan.experts)), budget.workers)
+        return dict(zip([expert.name for expert in plan.experts], results, strict=True))
+
+
+def _write_records(plan: Plan, folder: Path, outcome: Outcome, run: Settings) -> Manifest:
+    advance = counter(run.progress, "digest bundle", sum(info.n_bytes for info in outcome.dense.values()))
+    digests = digest_tensors(outcome.dense, run.workers, advance)
+    sparse = [folder / EXPERTS_FOLDER / f"{name}.safetensors" for name in outcome.kept]
+    sparse_digests = {file.stem: digest for file, digest in digest_files(sparse, run.workers, lambda n: None).items()}
+    (folder / "README.md").write_text(model_card(plan, outcome, folder), encoding="utf-8")
+    weights = {info.file for info in outcome.dense.values()} | set(sparse)
+    others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in weights)
+    records = tuple(_file_record(folder, file, run) for file in others)
+    manifest = make_manifest(plan, outcome, folder, digests, sparse_digests, records)
+    (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    return manifest
+
+
+def _file_record(folder: Path, file: Path, run: Settings) -> FileRecord:
+    digest = digest_files([file], run.workers, lambda n: None)[file]
+    return FileRecord(name=file.relative_to(folder).as_posix(), bytes=file.stat().st_size, sha256=digest)
+
+
+def _json(data: dict[str, object]) -> str:
+
+    return json.dumps(data, indent=2) + "\n"

@@ -1,0 +1,220 @@
+"""What was done, for the manifest and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from mediator_cli.bundle.manifest import (
+    EXPERTS_FOLDER,
+    ConflictRecord,
+    ExtractRecord,
+    FileRecord,
+    Manifest,
+    MethodRecord,
+    RecipeRecord,
+    Sizes,
+    SourceRecord,
+    SparseRecord,
+    SparseUnitRecord,
+    TensorRecord,
+)
+from mediator_cli.engine.digest import digest_file
+from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
+from mediator_cli.pipeline.side_files import license_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from mediator_cli.bundle.manifest import ConflictReport
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.engine.extract import Kept
+    from mediator_cli.plan.model import ExpertSource, Plan
+    from mediator_cli.stages.assign import Decision
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the stages gave: digests of sources, conflict, assignment, dense tensors, what each expert keeps."""
+
+    sources: Mapping[str, tuple[FileRecord, ...]]
+    report: ConflictReport | None
+    assignment: Mapping[str, Decision]
+    dense: Mapping[str, TensorInfo]
+    kept: Mapping[str, Mapping[str, Kept]]
+
+
+def package_version() -> str:
+    """Return the installed version, or `unknown` when run from a bare checkout."""
+    try:
+        return version("mediator-merge")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def bundle_digest(tensors: Mapping[str, str], sparse: Mapping[str, str]) -> str:
+    """Digest a bundle's numbers: SHA-256 over lines `digest  name`, tensors sorted by name, then sparse experts."""
+    lines = [f"{tensors[name]}  {name}\n" for name in sorted(tensors)]
+    lines += [f"{sparse[name]}  {EXPERTS_FOLDER}/{name}.safetensors\n" for name in sorted(sparse)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def make_manifest(
+    plan: Plan,
+    outcome: Outcome,
+    folder: Path,
+    digests: Mapping[str, str],
+    sparse_digests: Mapping[str, str],
+    files: tuple[FileRecord, ...],
+) -> Manifest:
+    """Gather everything that a reader of the bundle may ask."""
+    recipe = plan.loaded.recipe
+    sparse = tuple(_sparse_record(plan, outcome, folder, name, sparse_digests[name]) for name in outcome.kept)
+    dense = sum(info.n_bytes for info in outcome.dense.values())
+    return Manifest(
+        schema_version=1,
+        generator=f"mediator {package_version()}",
+        recipe=_recipe_record(plan),
+        base=_source(plan, outcome, "base", recipe.base),
+        experts=tuple(_expert(plan, outcome, expert) for expert in plan.experts),
+        tokenizer=recipe.tokenizer,
+        seed=recipe.seed,
+        methods=tuple(_methods(plan)),
+        conflict=_conflict(plan, outcome.report),
+        assignment=dict(outcome.assignment),
+        extract=_extract(plan) if outcome.kept else None,
+        sparse=sparse,
+        tensors={name: _tensor(info, digests[name]) for name, info in outcome.dense.items()},
+        files=files,
+        sizes=Sizes(dense=dense, sparse=sum(s.file.bytes for s in sparse), full_models=dense * len(plan.experts)),
+        digest=bundle_digest(digests, sparse_digests),
+        notices=plan.notices,
+    )
+
+
+def _recipe_record(plan: Plan) -> RecipeRecord:
+    text = plan.loaded.text
+    digest = hashlib.sha256("\0".join([text, *plan.loaded.changes]).encode()).hexdigest()
+    return RecipeRecord(name=plan.loaded.path.name, text=text, sha256=digest, changes=plan.loaded.changes)
+
+
+def _source(plan: Plan, outcome: Outcome, name: str, path: str) -> SourceRecord:
+    return SourceRecord(
+        name=name,
+        kind="full",
+        path=path,
+        weight=None,
+        license=license_of(plan.base.path),
+        files=outcome.sources[name],
+    )
+
+
+def _expert(plan: Plan, outcome: Outcome, expert: ExpertSource) -> SourceRecord:
+    spec = next(spec for spec in plan.loaded.recipe.experts if spec.name == expert.name)
+    prompts = None
+    if expert.prompts is not None:
+        digest = digest_file(expert.prompts, lambda n: None)
+        prompts = FileRecord(name=spec.prompts or "", bytes=expert.prompts.stat().st_size, sha256=digest)
+    return SourceRecord(
+        name=expert.name,
+        kind=expert.kind,
+        path=spec.model,
+        weight=expert.weight,
+        license=license_of(expert.source.path),
+        files=outcome.sources[expert.name],
+        prompts=prompts,
+    )
+
+
+def _methods(plan: Plan) -> Iterator[MethodRecord]:
+    used = {t.average.key: t.average for t in plan.tensors if t.average is not None}
+    for key, resolved in used.items():
+        count = sum(t.average is not None and t.average.key == key for t in plan.tensors)
+        yield MethodRecord(method=resolved.method.name, parameters=dict(resolved.params), n_tensors=count)
+
+
+def _conflict(plan: Plan, report: ConflictReport | None) -> ConflictRecord | None:
+    if report is None:
+        return None
+    spec = plan.loaded.recipe.conflict
+    scores = scores_by_measure(plan, report)
+    return ConflictRecord(measure=spec.measure, unit=spec.unit, denoise=denoise_name(spec.denoise), scores=scores)
+
+
+def _extract(plan: Plan) -> ExtractRecord:
+    spec = plan.loaded.recipe.extract
+    rescale = spec.select == "random" if spec.rescale is None else spec.rescale
+    return ExtractRecord(
+        dense=spec.dense, density=spec.density, select=spec.select, rescale=rescale, values=spec.values
+    )
+
+
+def _sparse_record(plan: Plan, outcome: Outcome, folder: Path, name: str, digest: str) -> SparseRecord:
+    kept = outcome.kept[name]
+    members: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.name in kept:
+            members.setdefault(tensor.unit, []).append(tensor.name)
+    sizes = {tensor.name: tensor.size for tensor in plan.tensors}
+    units = {
+        unit: _unit_record([kept[n] for n in names], sum(sizes[n] for n in names)) for unit, names in members.items()
+    }
+    file = folder / EXPERTS_FOLDER / f"{name}.safetensors"
+    record = FileRecord(name=f"{EXPERTS_FOLDER}/{name}.safetensors", bytes=file.stat().st_size, sha256=digest)
+    return SparseRecord(expert=name, file=record, units=units)
+
+
+def _unit_record(kept: list[Kept], n_entries: int) -> SparseUnitRecord:
+    energy, error = sum(k.energy for k in kept), sum(k.error for k in kept)
+    share = 1.0 - error / energy if energy > 0 else 1.0
+    return SparseUnitRecord(n_kept=sum(k.n_kept for k in kept), n_entries=n_entries, energy=round(share, 6))
+
+
+def _tensor(info: TensorInfo, digest: str) -> TensorRecord:
+    return TensorRecord(file=info.file.name, dtype=info.dtype, shape=info.shape, sha256=digest)
+
+
+def model_card(plan: Plan, outcome: Outcome, folder: Path) -> str:
+    """Write the bundle's README: lineage, licences, how it was made and how it is loaded."""
+    recipe = plan.loaded.recipe
+    routed = [unit for unit, decision in outcome.assignment.items() if decision == "route"]
+    folders = {"base": plan.base.path, **{e.name: e.source.path for e in plan.experts}}
+    written = {"base": recipe.base, **{spec.name: spec.model for spec in recipe.experts}}
+    licenses = {name: license_of(path) or "not declared" for name, path in folders.items()}
+    rows = [f"| {name} | {_label(written[name])} | {licenses[name]} |" for name in folders]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [merge, mediator]",
+        "base_model_relation: merge",
+        "---",
+        f"# {folder.name.removeprefix('.').removesuffix('.partial')}",
+        "",
+        f"Merged with mediator from {len(plan.experts)} experts of one base.",
+        "",
+        "| source | from | licence |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"{len(outcome.assignment) - len(routed)} units are averaged, {len(routed)} are routed"
+        + (f": {', '.join(routed)}." if routed else "."),
+        "",
+        "`AutoModelForCausalLM.from_pretrained` on this folder gives the dense expert. `routing_manifest.json` holds",
+        "recipe, sources with digests, conflict scores and assignment; `mediator verify` checks every byte.",
+        "",
+        "```yaml",
+        plan.loaded.text.rstrip("\n"),
+        "```",
+    ]
+    if plan.loaded.changes:
+        lines += ["", "Changed on the command line: " + ", ".join(f"`{c}`" for c in plan.loaded.changes)]
+    return "\n".join(lines) + "\n"
+
+
+def _label(path: str) -> str:
+    # A card travels; an absolute path of the machine that made it does not belong on it.
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path  # noqa: PTH117, PTH119

@@ -1,0 +1,1 @@
+"""What will be done, from headers alone: the recipe's meaning for these checkpoints."""

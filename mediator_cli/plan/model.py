@@ -1,0 +1,96 @@
+"""The plan as data: every output tensor exactly once, with its method and parameters resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mediator_cli.checkpoint.adapter import Adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.source import Checkpoint
+    from mediator_cli.methods.registry import ResolvedMethod
+    from mediator_cli.recipe.load import LoadedRecipe
+    from mediator_cli.recipe.schema import ValueCodec
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """One expert, opened: headers only."""
+
+    name: str
+    weight: float
+    source: Checkpoint | Adapter
+    prompts: Path | None = None
+
+    @property
+    def kind(self) -> Literal["lora", "full"]:
+        """Whether the expert is an adapter or a full checkpoint."""
+        return "lora" if isinstance(self.source, Adapter) else "full"
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors that are stored for this expert."""
+        return self.source.tensors
+
+
+@dataclass(frozen=True)
+class ResolvedExtract:
+    """How sparse experts of one tensor are made, after overrides and defaults."""
+
+    density: float
+    select: Literal["magnitude", "random"]
+    rescale: bool
+    values: ValueCodec
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor; `average` is None where the base's bytes are copied (no float dtype)."""
+
+    name: str
+    unit: str
+    shape: tuple[int, ...]
+    size: int
+    dtype: str
+    average: ResolvedMethod | None
+    extract: ResolvedExtract
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting in which the sources differ: whose value the bundle gets, and what the others say."""
+
+    setting: str
+    winner: str
+    value: Any
+    others: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a merge needs to know before the first tensor is read."""
+
+    loaded: LoadedRecipe
+    base: Checkpoint
+    experts: tuple[ExpertSource, ...]
+    tensors: tuple[TensorPlan, ...]
+    candidates: tuple[str, ...]
+    listed: tuple[str, ...]
+    tokenizer_folder: Path
+    differences: tuple[Difference, ...]
+    notices: tuple[str, ...]
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """All units of assignment, in the order of the base's layers and files."""
+        return tuple(dict.fromkeys(tensor.unit for tensor in self.tensors))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Merge coefficients in recipe order."""
+        return tuple(expert.weight for expert in self.experts)

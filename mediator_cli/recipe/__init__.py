@@ -1,0 +1,1 @@
+"""What the user asked: the recipe's schema and its loader. No torch here."""

@@ -1,0 +1,198 @@
+"""YAML to Recipe: every problem at once, each with file:line and field. Reads no other file."""
+
+from __future__ import annotations
+
+import re
+import typing
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mediator_cli.errors import Problem, RecipeError, did_you_mean
+from mediator_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+FieldPath = tuple[str | int, ...]
+_MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, the text that it came from, and the line of every field in it."""
+
+    recipe: Recipe
+    path: Path
+    text: str
+    lines: Mapping[FieldPath, int]
+    changes: tuple[str, ...] = ()
+
+    def place(self, *field: str | int) -> str:
+        """Say where a field stands: `recipe.yaml:12 assign.rule`."""
+        return place_of(self.path, self.lines, field)
+
+    def resolve(self, source: str) -> Path:
+        """Return the path that the recipe means: relative ones start at the recipe's folder."""
+        return (self.path.parent / source).absolute()
+
+
+def place_of(path: Path, lines: Mapping[FieldPath, int], field: FieldPath) -> str:
+    """Name file, line and field; a field that is not in the file gets the line of its nearest parent."""
+    known = next((field[:n] for n in range(len(field), -1, -1) if field[:n] in lines), ())
+    return f"{path}:{lines.get(known, 1)} {dotted(field)}".rstrip()
+
+
+def dotted(field: Sequence[str | int]) -> str:
+    """Write a field path as a reader would.
+
+    >>> dotted(("experts", 1, "name"))
+    'experts[1].name'
+    """
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in field).lstrip(".")
+
+
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and check a recipe; `changes` are `field.path=value` texts that win over the file.
+
+    Raises RecipeError with all problems of form, ordered by line.
+    """
+    text = _read_text(path)
+    node = _compose(path, text)
+    lines: dict[FieldPath, int] = {(): 1}
+    problems = list(_walk(path, node, (), lines))
+    if problems:
+        raise RecipeError(problems)
+    data = _Loader("").construct_document(node)
+    changed = [_apply_change(data, change) for change in changes]
+    lines |= {field: 0 for field in changed}
+    return _validate(path, text, data, lines, tuple(changes))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose floats follow YAML 1.2, so that `1e-3` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise RecipeError(Problem(str(path), "is larger than 1 MB", "is this a recipe?"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(Problem(str(path), "is not UTF-8 text", "save it as UTF-8")) from None
+    except OSError as error:
+        reason = (error.strerror or "unreadable").lower()
+        raise RecipeError(Problem(str(path), f"cannot read the recipe: {reason}", "check the path")) from None
+
+
+def _compose(path: Path, text: str) -> yaml.Node:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        message = f"broken YAML: {error.problem or error.context}"
+        raise RecipeError(Problem(f"{path}:{line}", message, "check indentation, quotes and colons")) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(Problem(str(path), f"broken YAML: {error}", "check for control characters")) from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(Problem(f"{path}:1", "a recipe is a mapping of fields", "start with `version: 1`"))
+    return node
+
+
+def _walk(path: Path, node: yaml.Node, field: FieldPath, lines: dict[FieldPath, int]) -> Iterator[Problem]:
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        yield Problem(f"{path}:{node.start_mark.line + 1}", f"YAML tag {node.tag} is not allowed", "write plain values")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*field, index)] = item.start_mark.line + 1
+            yield from _walk(path, item, (*field, index), lines)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*field, str(key.value))
+            if inner in lines:
+                first = lines[inner]
+                yield Problem(
+                    f"{path}:{key.start_mark.line + 1} {dotted(inner)}", f"given twice, first in line {first}"
+                )
+            lines[inner] = key.start_mark.line + 1
+            yield from _walk(path, value, inner, lines)
+
+
+def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
+    name, separator, raw = change.partition("=")
+    place = f"--set {change}"
+    if not separator or not name:
+        raise RecipeError(Problem(place, "is not field=value", "write for example --set assign.rule=all"))
+    field: FieldPath = tuple(int(part) if part.isdigit() else part for part in re.split(r"[.\[\]]+", name) if part)
+    try:
+        value = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError:
+        raise RecipeError(Problem(place, "the value is not YAML", "quote it")) from None
+    target: Any = data
+    for part in field[:-1]:
+        target = _step_into(target, part, place)
+    _step_check(target, field[-1], place)
+    target[field[-1]] = value
+    return field
+
+
+def _step_into(target: Any, part: str | int, place: str) -> Any:  # noqa: ANN401 - YAML data
+    _step_check(target, part, place)
+    if isinstance(target, dict):
+        return target.setdefault(part, {})
+    return target[part]
+
+
+def _step_check(target: Any, part: str | int, place: str) -> None:  # noqa: ANN401 - YAML data
+    fits = isinstance(target, dict) or (isinstance(target, list) and isinstance(part, int) and part < len(target))
+    if not fits:
+        raise RecipeError(Problem(place, f"the recipe has no field '{part}' there", "see `mediator schema`"))
+
+
+def _validate(
+    path: Path, text: str, data: dict[str, Any], lines: dict[FieldPath, int], changes: tuple[str, ...]
+) -> LoadedRecipe:
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        found = [_problem(path, lines, item) for item in error.errors(include_url=False)]
+        raise RecipeError([problem for _, problem in sorted(found, key=lambda pair: pair[0])]) from None
+    return LoadedRecipe(recipe, path, text, MappingProxyType(lines), changes)
+
+
+def _problem(path: Path, lines: dict[FieldPath, int], item: Any) -> tuple[int, Problem]:  # noqa: ANN401 - pydantic's dict
+    field: FieldPath = tuple(item["loc"])
+    known = next(field[:n] for n in range(len(field), -1, -1) if field[:n] in lines)
+    place = place_of(path, lines, field) if lines[known] else f"--set {dotted(field)}"
+    if item["type"] == "extra_forbidden":
+        hint = did_you_mean(str(field[-1]), _fields_at(field[:-1]))
+        return lines[known], Problem(place, f"unknown key '{field[-1]}'", hint)
+    if item["type"] == "missing":
+        return lines[known], Problem(place, "is required", f"add `{field[-1]}`")
+    message = item["msg"].removeprefix("Value error, ")
+    given = item["input"]
+    shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
+    return lines[known], Problem(place, message[0].lower() + message[1:] + shown, "see `mediator schema recipe`")
+
+
+def _fields_at(field: FieldPath) -> list[str]:
+    model: Any = Recipe
+    for part in field:
+        if isinstance(part, str) and model is not None:
+            model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - any annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in typing.get_args(annotation) if (found := _model_in(arg))), None)

@@ -1,0 +1,1 @@
+"""The decisions: conflict, assign, average, extract. Pure functions, no input or output."""
