@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.read import Bundle, open_bundle
     from mediator_cli.bundle.verify import verify_bundle
     from mediator_cli.errors import MediatorError
-    from mediator_cli.methods.registry import merge_method, methods
+    from mediator_cli.methods.registry import merge_method
     from mediator_cli.pipeline.merge import Settings, analyze_conflicts, merge
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_recipe
@@ -27,13 +27,12 @@ _PLACES = {
     "make_plan": "plan.make",
     "merge": "pipeline.merge",
     "merge_method": "methods.registry",
-    "methods": "methods.registry",
     "open_bundle": "bundle.read",
     "verify_bundle": "bundle.verify",
 }
 __all__ = [
     "Bundle", "MediatorError", "Settings", "analyze_conflicts", "load_recipe", "make_plan", "merge", "merge_method",
-    "methods", "open_bundle", "verify_bundle",
+    "open_bundle", "verify_bundle",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from mediator_cli.bundle.sparse import (
     unpack_bits,
 )
 from mediator_cli.checkpoint.header import TensorInfo, read_header
-from mediator_cli.checkpoint.read import TORCH_DTYPES, open_files, read_slab
+from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_slab
 from mediator_cli.checkpoint.write import NewTensor, header_bytes, write_error
 from mediator_cli.errors import BundleError, Problem
 
@@ -76,7 +76,7 @@ class SparseFileWriter:
     def write(self, part: torch.Tensor) -> None:
         """Append raw bytes; raise OutputError when the disk refuses."""
         try:
-            self.stream.write(memoryview(part.contiguous().view(torch.uint8).numpy()))
+            self.stream.write(bytes_view(part.contiguous()))
         except OSError as error:
             raise write_error(self.file, error) from None
 

@@ -11,7 +11,7 @@ import torch
 from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ConflictReport, bundle_file, read_manifest, read_record
 from mediator_cli.bundle.sparse_file import open_sparse_file
 from mediator_cli.checkpoint.header import read_tensors
-from mediator_cli.checkpoint.read import TORCH_DTYPES, open_files, read_bytes
+from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_bytes
 from mediator_cli.errors import MediatorError, Problem
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _check_tensor(place: str, info: TensorInfo, expected: str, advance: Callable
     with open_files([info.file]) as descriptors:
         for start in range(0, info.n_bytes, _CHUNK):
             chunk = read_bytes(descriptors, info, start, min(start + _CHUNK, info.n_bytes))
-            digest.update(memoryview(chunk.numpy()))
+            digest.update(bytes_view(chunk))
             is_finite &= not dtype.is_floating_point or bool(torch.isfinite(chunk.view(dtype)).all())
             advance(len(chunk))
     if not is_finite:

@@ -23,7 +23,7 @@ TORCH_DTYPES = {
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 _PRODUCT_ELEMENTS = 1 << 18
-"""B·A is computed in row blocks of about this many elements: the shape alone fixes them, so slabs cannot change bits."""
+"""B·A is computed in row blocks of about this many elements, fixed by the shape, so that slabs cannot change bits."""
 
 
 @contextmanager
@@ -45,10 +45,15 @@ def _unreadable(file: Path, error: OSError) -> CheckpointError:
     return CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the disk and the file's rights"))
 
 
+def bytes_view(tensor: torch.Tensor) -> memoryview:
+    """Give the bytes of a contiguous tensor without a copy; writable if the tensor is."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
+
+
 def read_bytes(descriptors: Mapping[Path, int], info: TensorInfo, first: int, last: int) -> torch.Tensor:
     """Read bytes `first` to `last` of a tensor into a new uint8 tensor [last - first]."""
     buffer = torch.empty(last - first, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = bytes_view(buffer)
     done = 0
     while done < len(view):
         try:

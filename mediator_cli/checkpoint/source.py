@@ -51,7 +51,8 @@ def find_folder(source: str, path: Path) -> Path:
         raise CheckpointError(Problem(str(path), "is not a folder", "name the folder that holds config.json"))
     if _HUB_ID.match(source):
         repo = source.split("@")[0]
-        hint = f"Hub ids are not supported yet: `hf download {repo} --local-dir {repo.split('/')[1]}`, then name the folder"
+        name = repo.split("/")[1]
+        hint = f"Hub ids are not supported yet: `hf download {repo} --local-dir {name}`, then name the folder"
         raise CheckpointError(Problem(source, "no such folder", hint))
     raise CheckpointError(Problem(str(path), "no such folder", "relative paths start at the recipe's folder"))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mediator_cli.checkpoint.read import TORCH_DTYPES, read_slab
+from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, read_slab
 from mediator_cli.checkpoint.write import create_file, write_at
 from mediator_cli.engine.reduce import metered
 from mediator_cli.engine.streams import check_finite, pieces
@@ -53,8 +53,8 @@ def write_dense(
             tensor = dense[piece.tensor]
             data = _slab(streams, tensor, piece, found.get(piece.tensor, {}))
             info = infos[piece.tensor]
-            view = memoryview(data.contiguous().view(torch.uint8).numpy())
-            write_at(outputs[info.file], info.file, view, info.start + piece.start * data.element_size())
+            offset = info.start + piece.start * data.element_size()
+            write_at(outputs[info.file], info.file, bytes_view(data.contiguous()), offset)
 
         parts = [part for tensor in tensors for part in pieces(tensor.plan.name, tensor.plan.size, budget.slab)]
         for _ in metered(work, parts, budget, lambda piece: advance(piece.stop - piece.start)):

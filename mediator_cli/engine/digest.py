@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.read import open_files, read_bytes
+from mediator_cli.checkpoint.read import bytes_view, open_files, read_bytes
 from mediator_cli.engine.pool import map_ordered
 from mediator_cli.errors import CheckpointError, Problem
 
@@ -48,7 +48,7 @@ def digest_tensors(tensors: Mapping[str, TensorInfo], workers: int, advance: Cal
             digest = hashlib.sha256()
             for start in range(0, info.n_bytes, _CHUNK):
                 chunk = read_bytes(descriptors, info, start, min(start + _CHUNK, info.n_bytes))
-                digest.update(memoryview(chunk.numpy()))
+                digest.update(bytes_view(chunk))
                 advance(len(chunk))
             return digest.hexdigest()
 

@@ -19,9 +19,9 @@ from mediator_cli.bundle.sparse import (
 )
 from mediator_cli.bundle.sparse_file import SparseTensor, start_sparse_file
 from mediator_cli.checkpoint.read import TORCH_DTYPES, read_slab
-from mediator_cli.engine.reduce import sum_blocks
+from mediator_cli.engine.reduce import blocks_of, sum_blocks
 from mediator_cli.engine.select import Threshold, select_magnitudes
-from mediator_cli.engine.streams import BLOCK, check_finite, pieces, uniform_slab
+from mediator_cli.engine.streams import check_finite, pieces, uniform_slab
 from mediator_cli.stages.extract import (
     keep_largest,
     keep_random,
@@ -147,7 +147,7 @@ def _kept_values(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> I
     """Give each slab's kept values, block by block."""
     factor = _factor(tensor)
     for _, part, mask in _masked(job, tensor, threshold):
-        blocks = zip(part.delta.split(BLOCK), mask.split(BLOCK), strict=True)
+        blocks = zip(blocks_of(part.delta), blocks_of(mask), strict=True)
         yield tuple(delta[kept] * factor for delta, kept in blocks)
 
 
@@ -241,5 +241,5 @@ class _Coder:
 
 
 def _square_sums(wide: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    sums = [torch.stack([block.square().sum() for block in tensor.split(BLOCK)]) for tensor in (wide, missing)]
+    sums = [torch.stack([block.square().sum() for block in blocks_of(tensor)]) for tensor in (wide, missing)]
     return torch.stack(sums, dim=1)

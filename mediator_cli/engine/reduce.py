@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def blocks_of(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cut rows [n, m] that start on a block into blocks [n, up to BLOCK]."""
-    return rows.split(BLOCK, dim=1)
+    """Cut rows [n, m] or a row [m] that starts on a block into blocks of up to BLOCK entries."""
+    return torch.split(rows, BLOCK, dim=-1)
 
 
 def sum_blocks(partial: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -48,7 +48,8 @@ def slerp(
         return tensors[0] * (1 - t) + tensors[1] * t
     angle = torch.arccos(torch.tensor(cosine, dtype=torch.float64))
     near, far = (torch.sin(torch.stack([(1 - t) * angle, t * angle])) / torch.sin(angle)).float()
-    return tensors[0] * near + tensors[1] * far
+    merged: torch.Tensor = tensors[0] * near + tensors[1] * far
+    return merged
 
 
 def _gram_of(tensors: torch.Tensor) -> torch.Tensor:

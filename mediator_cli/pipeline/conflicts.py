@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from mediator_cli.bundle.manifest import ConflictReport, TensorConflict, UnitScores, read_record
-from mediator_cli.checkpoint.layout import unit_of
+from mediator_cli.checkpoint.layout import layers_of, place_of, unit_of
 from mediator_cli.engine.reduce import blocks_of, metered, sum_tensors
 from mediator_cli.engine.select import select_magnitudes
 from mediator_cli.engine.streams import pieces
 from mediator_cli.errors import BundleError, Problem
+from mediator_cli.stages.assign import assign_units
 from mediator_cli.stages.conflict import (
     ConflictCounts,
     ConflictScores,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import FileRecord
     from mediator_cli.engine.streams import Budget, Piece, Streams
     from mediator_cli.plan.model import Plan
-    from mediator_cli.recipe.schema import DenoiseSpec
+    from mediator_cli.recipe.schema import DenoiseSpec, Measure
 
     Masks = Callable[[torch.Tensor, str], torch.Tensor]
 
@@ -78,7 +79,7 @@ def _report(
     granularity = plan.loaded.recipe.conflict.unit
     members: dict[str, list[ConflictCounts]] = {unit: [] for unit in plan.units}
     for name, record in tensors.items():
-        members[unit_of(name, granularity)].append(ConflictCounts(**record.model_dump(exclude={"size"})))
+        members[unit_of(name, granularity)].append(_counts(record))
     units = {unit: UnitScores(**asdict(score_counts(counts))) for unit, counts in members.items() if counts}
     return ConflictReport(
         schema_version=1,
@@ -152,3 +153,60 @@ def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[FileRecord,
     if problems:
         raise BundleError(problems)
     return _report(plan, wanted, report.tensors, sources)
+
+
+@dataclass(frozen=True)
+class HeatTable:
+    """Conflict by row (layer, or tensor outside the layers) and column (module kind); None where there is none."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A heat map with the score and the assignment of each row; empty where a row is cut into several units."""
+
+    measure: str
+    table: HeatTable
+    scores: tuple[float | None, ...]
+    decisions: tuple[str, ...]
+
+
+def heat_table(report: ConflictReport, measure: Measure) -> HeatTable:
+    """Lay the conflict of all tensors out by layer and module kind."""
+    cells: dict[str, dict[str, list[ConflictCounts]]] = {}
+    for name, record in report.tensors.items():
+        place = place_of(name)
+        row = cells.setdefault(place.layer or unit_of(name, "layer"), {})
+        if place.layer is not None:
+            row.setdefault(place.kind, []).append(_counts(record))
+    layers = layers_of(report.tensors)
+    outside = [row for row in cells if row not in layers]
+    rows = (*layers, *outside)
+    columns = tuple(dict.fromkeys(column for row in rows for column in cells[row]))
+    values = tuple(
+        tuple(score_counts(cells[row][column]).by(measure) if column in cells[row] else None for column in columns)
+        for row in rows
+    )
+    return HeatTable(rows, columns, values)
+
+
+def preview_assignment(plan: Plan, report: ConflictReport) -> Preview:
+    """Lay a report out with the assignment that the recipe's rule gives it."""
+    measure = plan.loaded.recipe.conflict.measure
+    table = heat_table(report, measure)
+    scores = scores_by_measure(plan, report)
+    decided = assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
+    decisions = []
+    for row in table.rows:
+        inside = [unit for unit in plan.units if unit == row or unit.startswith(f"{row}.")]
+        routed = sum(decided[unit] == "route" for unit in inside)
+        whole = "route" if routed else "average"
+        decisions.append(whole if len(inside) == 1 else f"route {routed} of {len(inside)} units")
+    return Preview(measure, table, tuple(scores.get(row) for row in table.rows), tuple(decisions))
+
+
+def _counts(record: TensorConflict) -> ConflictCounts:
+    return ConflictCounts(**record.model_dump(exclude={"size"}))

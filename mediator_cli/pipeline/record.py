@@ -83,7 +83,7 @@ def make_manifest(
         experts=tuple(_expert(plan, outcome, expert) for expert in plan.experts),
         tokenizer=recipe.tokenizer,
         seed=recipe.seed,
-        methods=tuple(_methods(plan)),
+        methods=tuple(method_records(plan)),
         conflict=_conflict(plan, outcome.report),
         assignment=dict(outcome.assignment),
         extract=_extract(plan) if outcome.kept else None,
@@ -130,7 +130,8 @@ def _expert(plan: Plan, outcome: Outcome, expert: ExpertSource) -> SourceRecord:
     )
 
 
-def _methods(plan: Plan) -> Iterator[MethodRecord]:
+def method_records(plan: Plan) -> Iterator[MethodRecord]:
+    """List the methods of a plan with all parameters and the number of tensors that each merges."""
     used = {t.average.key: t.average for t in plan.tensors if t.average is not None}
     for key, resolved in used.items():
         count = sum(t.average is not None and t.average.key == key for t in plan.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.adapter import Adapter
@@ -55,9 +56,7 @@ def _resolve_methods(loaded: LoadedRecipe) -> tuple[list[ResolvedMethod], list[P
     resolved: list[ResolvedMethod] = []
     problems: list[Problem] = []
     for spec, field in specs:
-        answer = resolve_method(
-            spec.method, spec.preset, spec.params, lambda name, field=field: loaded.place(*field, name)
-        )
+        answer = resolve_method(spec.method, spec.preset, spec.params, partial(loaded.place, *field))
         if isinstance(answer, ResolvedMethod):
             resolved.append(answer)
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.checkpoint.adapter import Adapter
+from mediator_cli.checkpoint.layout import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +90,11 @@ class Plan:
     def units(self) -> tuple[str, ...]:
         """All units of assignment, in the order of the base's layers and files."""
         return tuple(dict.fromkeys(tensor.unit for tensor in self.tensors))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The decoder layers found in the tensor names."""
+        return layers_of(tensor.name for tensor in self.tensors)
 
     @property
     def weights(self) -> tuple[float, ...]:

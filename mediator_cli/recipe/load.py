@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from pydantic.fields import FieldInfo
+
 FieldPath = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
 
@@ -164,7 +166,10 @@ def _validate(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        found = [_problem(path, lines, item) for item in error.errors(include_url=False)]
+        faults = error.errors(include_url=False)
+        # An item that does not validate is left out, and then its list seems too short: say only what is wrong inside.
+        told = [item for item in faults if item["type"] != "too_short" or not item["input"]]
+        found = [_problem(path, lines, item) for item in told]
         raise RecipeError([problem for _, problem in sorted(found, key=lambda pair: pair[0])]) from None
     return LoadedRecipe(recipe, path, text, MappingProxyType(lines), changes)
 
@@ -178,18 +183,29 @@ def _problem(path: Path, lines: dict[FieldPath, int], item: Any) -> tuple[int, P
         return lines[known], Problem(place, f"unknown key '{field[-1]}'", hint)
     if item["type"] == "missing":
         return lines[known], Problem(place, "is required", f"add `{field[-1]}`")
+    if item["type"] == "string_pattern_mismatch":
+        return lines[known], Problem(place, f"{item['input']!r} is not allowed", _description_at(field))
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
     return lines[known], Problem(place, message[0].lower() + message[1:] + shown, "see `mediator schema recipe`")
 
 
+def _description_at(field: FieldPath) -> str:
+    fields = _fields_of(field[:-1])
+    return (fields[str(field[-1])].description or "") if str(field[-1]) in fields else ""
+
+
 def _fields_at(field: FieldPath) -> list[str]:
+    return list(_fields_of(field))
+
+
+def _fields_of(field: FieldPath) -> dict[str, FieldInfo]:
     model: Any = Recipe
     for part in field:
         if isinstance(part, str) and model is not None:
             model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
-    return list(model.model_fields) if model is not None else []
+    return dict(model.model_fields) if model is not None else {}
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - any annotation

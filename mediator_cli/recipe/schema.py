@@ -231,7 +231,7 @@ class Recipe(Strict):
         str,
         Field(
             pattern=r"^(base|expert:.+)$",
-            description="base or expert:NAME: whose tokenizer, chat template, generation config and special tokens win.",
+            description="base or expert:NAME: whose tokenizer, chat template, generation config and token ids win.",
         ),
     ] = "base"
     output: OutputSpec = OutputSpec()

@@ -1,0 +1,102 @@
+"""The conflict heat map: in the terminal, and as a picture through matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from mediator_cli.cli.output import print_table, say
+from mediator_cli.errors import OutputError, Problem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.text import Text
+
+    from mediator_cli.bundle.manifest import ConflictReport
+    from mediator_cli.pipeline.conflicts import Preview
+
+_FORMATS = (".png", ".svg")
+# From agreement to conflict, dark to light text kept readable on each.
+_SHADES = ((0.0, "#f7fbff"), (0.1, "#d2e3f3"), (0.2, "#9ac8e0"), (0.3, "#fdd49e"), (0.4, "#fc8d59"), (0.5, "#d7301f"))
+
+
+def check_plot(plot: Path | None) -> None:
+    """Raise OutputError before any work when the picture could not be drawn."""
+    if plot is None:
+        return
+    if plot.suffix not in _FORMATS:
+        raise OutputError(Problem(str(plot), f"'{plot.suffix}' is not a picture format", "use .png or .svg"))
+    if importlib.util.find_spec("matplotlib") is None:
+        hint = "pip install 'mediator-merge[plot]'"
+        raise OutputError(Problem("--plot", "pictures need matplotlib", hint))
+    if not plot.absolute().parent.is_dir():
+        raise OutputError(Problem(str(plot), "no such folder", "create it first"))
+
+
+def write_report(file: Path, report: ConflictReport) -> None:
+    """Write the report beside its place, then rename it."""
+    from mediator_cli.bundle.manifest import to_json
+
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(to_json(report), encoding="utf-8")
+        partial.rename(file)
+    except OSError as error:
+        reason = (error.strerror or "failed").lower()
+        raise OutputError(Problem(str(file), f"cannot write: {reason}", "choose another place with -o")) from None
+
+
+def _cell(value: float | None) -> Text:
+    from rich.text import Text
+
+    if value is None:
+        return Text("")
+    shade = next(colour for limit, colour in reversed(_SHADES) if value >= limit)
+    return Text(f"{100 * value:3.0f}", style=f"black on {shade}")
+
+
+def _short(kind: str) -> str:
+    """Shorten the usual names of modules, so that a row fits in a terminal."""
+    for word, shorter in (("_proj", ""), ("layernorm", "norm"), ("post_attention", "post"), ("input", "in")):
+        kind = kind.replace(word, shorter)
+    return kind
+
+
+def print_heat_map(report: ConflictReport, preview: Preview) -> None:
+    """Print conflict by layer and module kind in percent, then the assignment that the recipe gives."""
+    table = preview.table
+    rows: list[tuple[str | Text, ...]] = [
+        (row, *(_cell(value) for value in values), _cell(score), decision)
+        for row, values, score, decision in zip(
+            table.rows, table.values, preview.scores, preview.decisions, strict=True
+        )
+    ]
+    say(f"conflict ({preview.measure}, in %) between {', '.join(report.experts)}; denoise {report.denoise}")
+    print_table(("layer", *(f"{_short(kind)}#" for kind in table.columns), "score#", "assignment"), rows)
+    say("0 = all signs agree, 50 = signs are as in independent random deltas")
+
+
+def draw_heat_map(file: Path, report: ConflictReport, preview: Preview) -> None:
+    """Draw the heat map with the score of each layer beside it."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = preview.table
+    values = [[float("nan") if value is None else value for value in row] for row in table.values]
+    height = max(3.0, 0.26 * len(table.rows) + 1.6)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(3.5 + 0.75 * len(table.columns), height), width_ratios=(len(table.columns), 3), sharey=True
+    )
+    picture = left.imshow(values, aspect="auto", cmap="RdYlBu_r", vmin=0, vmax=0.6)
+    left.set_xticks(range(len(table.columns)), [_short(kind) for kind in table.columns], rotation=45, ha="right")
+    left.set_yticks(range(len(table.rows)), table.rows)
+    colours = ["#d7301f" if decision == "route" else "#9ac8e0" for decision in preview.decisions]
+    right.barh(range(len(table.rows)), [score or 0.0 for score in preview.scores], color=colours)
+    right.set_xlabel("score of the layer\nred: routed")
+    figure.colorbar(picture, ax=right, label=f"conflict ({preview.measure})")
+    figure.suptitle(f"Conflict between {', '.join(report.experts)}")
+    figure.savefig(file, bbox_inches="tight", dpi=120)
+    plt.close(figure)

@@ -1,0 +1,126 @@
+"""`mediator inspect`: headers, configs and manifests alone; never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mediator_cli.cli.options import JsonOption
+from mediator_cli.cli.output import human_bytes, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mediator_cli.checkpoint.header import TensorInfo
+
+
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(help="A bundle, a checkpoint or an adapter.", metavar="DIR", show_default=False)
+    ],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a folder holds: tensors, dtypes, sizes; for a bundle also assignment, experts and lineage."""
+    from mediator_cli.checkpoint.source import find_folder
+
+    find_folder(str(folder), folder.absolute())
+    facts = describe(folder)
+    if as_json:
+        print_json(facts)
+        return
+    say(f"{folder}: {facts['kind']}, {facts['n_tensors']} tensors, {human_bytes(facts['bytes'])}")
+    if tensors:
+        rows = [
+            (t["name"], t["dtype"], _shape(t["shape"]), human_bytes(t["bytes"]), t["file"]) for t in facts["tensors"]
+        ]
+        print_table(("tensor", "dtype", "shape", "bytes#", "file"), rows)
+    else:
+        rows = [
+            (g["kind"], str(g["n_tensors"]), g["dtype"], _shape(g["shape"]), human_bytes(g["bytes"]))
+            for g in facts["groups"]
+        ]
+        print_table(("tensors", "count#", "dtype", "shape", "bytes#"), rows)
+    if facts["config"]:
+        say("config        " + ", ".join(f"{name}={value}" for name, value in facts["config"].items()))
+    if facts["kind"] == "bundle":
+        _print_bundle(folder)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Gather the facts of a folder from headers and JSON files."""
+    from mediator_cli.bundle.manifest import MANIFEST, read_manifest
+    from mediator_cli.checkpoint.header import read_header, read_json, read_tensors
+    from mediator_cli.checkpoint.source import is_adapter
+
+    kind = "bundle" if (folder / MANIFEST).is_file() else "LoRA adapter" if is_adapter(folder) else "checkpoint"
+    if kind == "LoRA adapter":
+        found = {info.name: info for info in read_header(folder / "adapter_model.safetensors").tensors}
+        config = read_json(folder / "adapter_config.json")
+        shown = {name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "base_model_name_or_path")}
+    else:
+        found = read_tensors(folder)
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size", "tie_word_embeddings")
+        shown = {name: config[name] for name in names if name in config}
+    return {
+        "path": str(folder),
+        "kind": kind,
+        "n_tensors": len(found),
+        "bytes": sum(info.n_bytes for info in found.values()),
+        "config": shown,
+        "groups": _groups(found),
+        "tensors": [
+            {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "bytes": i.n_bytes, "file": i.file.name}
+            for i in found.values()
+        ],
+        "manifest": read_manifest(folder).model_dump(mode="json") if kind == "bundle" else None,
+    }
+
+
+def _groups(tensors: Mapping[str, TensorInfo]) -> list[dict[str, Any]]:
+    """Gather tensors of the same module, dtype and shape over all layers."""
+    from mediator_cli.checkpoint.layout import place_of
+
+    groups: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = {}
+    for info in tensors.values():
+        place = place_of(info.name)
+        name = ".".join([*(["*"] if place.layer else []), *place.modules, place.parameter])
+        groups.setdefault((name, info.dtype, info.shape), []).append(info)
+    return [
+        {"kind": k, "dtype": d, "shape": list(s), "n_tensors": len(g), "bytes": sum(i.n_bytes for i in g)}
+        for (k, d, s), g in groups.items()
+    ]
+
+
+def _shape(shape: list[int]) -> str:
+    return " × ".join(str(side) for side in shape) or "()"
+
+
+def _print_bundle(folder: Path) -> None:
+    from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.cli.merge import print_bundle
+
+    manifest = read_manifest(folder)
+    print_bundle(folder, manifest)
+    for method in manifest.methods:
+        parameters = ", ".join(f"{name}={value}" for name, value in method.parameters.items())
+        say(f"method        {method.method}({parameters}) on {method.n_tensors} tensors")
+    sources = [manifest.base, *manifest.experts]
+    rows = [
+        (
+            s.name,
+            s.kind,
+            s.path,
+            "" if s.weight is None else str(s.weight),
+            s.license or "not declared",
+            s.files[0].sha256[:12],
+        )
+        for s in sources
+    ]
+    print_table(("source", "kind", "from", "weight#", "licence", "sha256"), rows)
+    changes = f", changed by {', '.join(manifest.recipe.changes)}" if manifest.recipe.changes else ""
+    say(f"recipe        {manifest.recipe.name} {manifest.recipe.sha256[:12]}{changes}")
+    say(f"digest        {manifest.digest}")

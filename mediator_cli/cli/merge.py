@@ -1,0 +1,98 @@
+"""`mediator merge`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mediator_cli.cli.options import JsonOption, MemoryOption, QuietOption, RecipeArgument, SetOption, WorkersOption
+from mediator_cli.cli.output import human_bytes, print_json, print_notices, print_table, say
+
+if TYPE_CHECKING:
+    from mediator_cli.bundle.manifest import Manifest
+
+
+def merge(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the bundle; default: output.path of the recipe.")
+    ] = None,
+    conflicts: Annotated[
+        Path | None, typer.Option("--conflicts", help="Reuse this conflicts.json instead of measuring.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    changes: SetOption = None,
+    memory: MemoryOption = "2GiB",
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Carry a recipe out: measure conflict, assign layers, average, extract experts, write the bundle."""
+    from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.cli.progress import shown_progress
+    from mediator_cli.cli.run import settings
+    from mediator_cli.pipeline.merge import merge as carry_out
+    from mediator_cli.plan.make import make_plan
+    from mediator_cli.recipe.load import load_recipe
+
+    made = make_plan(load_recipe(recipe, changes or ()))
+    print_notices(() if quiet else made.notices)
+    started = time.monotonic()
+    with shown_progress(quiet) as progress:
+        run = settings(memory, workers, overwrite=overwrite, progress=progress)
+        folder = carry_out(made, output, conflicts, run)
+    manifest = read_manifest(folder)
+    if as_json:
+        print_json(summary(folder, manifest, time.monotonic() - started))
+    elif not quiet:
+        _print(folder, manifest, time.monotonic() - started)
+
+
+def summary(folder: Path, manifest: Manifest, seconds: float) -> dict[str, object]:
+    """Gather what another program wants to know of a finished merge."""
+    return {
+        "bundle": str(folder),
+        "digest": manifest.digest,
+        "assignment": manifest.assignment,
+        "scores": manifest.conflict.scores if manifest.conflict else None,
+        "sizes": manifest.sizes.model_dump(),
+        "seconds": round(seconds, 2),
+    }
+
+
+def _print(folder: Path, manifest: Manifest, seconds: float) -> None:
+    print_bundle(folder, manifest)
+    say(f"written in {seconds:.1f} s, digest {manifest.digest}")
+    say(f"Next: mediator inspect {_shown(folder)}   ·   mediator verify {_shown(folder)}")
+
+
+def _shown(folder: Path) -> str:
+    text = str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+    return f"'{text}'" if " " in text else text
+
+
+def print_bundle(folder: Path, manifest: Manifest) -> None:
+    """Print the assignment of every unit, what each expert keeps, and the sizes."""
+    scores = manifest.conflict.scores if manifest.conflict else {}
+    rows = [
+        (unit, decision, f"{scores[unit]:.3f}" if unit in scores else "", _energy(manifest, unit))
+        for unit, decision in manifest.assignment.items()
+    ]
+    if manifest.sparse:
+        print_table(("unit", "assignment", "conflict#", "energy kept by each sparse expert"), rows)
+    sizes, n_routed = manifest.sizes, list(manifest.assignment.values()).count("route")
+    total = sizes.dense + sizes.sparse
+    say(f"bundle        {_shown(folder)}")
+    say(f"units         {len(manifest.assignment) - n_routed} averaged, {n_routed} routed")
+    say(f"size          {human_bytes(total)} = {human_bytes(sizes.dense)} dense + {human_bytes(sizes.sparse)} sparse")
+    say(
+        f"against       {human_bytes(sizes.full_models)} for {len(manifest.experts)} full models "
+        f"({total / max(1, sizes.full_models):.0%} of that)"
+    )
+
+
+def _energy(manifest: Manifest, unit: str) -> str:
+    return "  ".join(f"{s.expert} {s.units[unit].energy:.2f}" for s in manifest.sparse if unit in s.units)

@@ -1,0 +1,81 @@
+"""`mediator plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mediator_cli.cli.options import JsonOption, MemoryOption, RecipeArgument, SetOption, WorkersOption
+from mediator_cli.cli.output import human_bytes, print_json, print_notices, print_table, say
+
+if TYPE_CHECKING:
+    from mediator_cli.pipeline.estimate import PlanReport
+
+
+def plan(
+    recipe: RecipeArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
+    changes: SetOption = None,
+    memory: MemoryOption = "2GiB",
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a merge would do: layers, bytes, memory, parameters, and which source wins where they differ."""
+    from mediator_cli.cli.run import settings
+    from mediator_cli.pipeline.estimate import describe_plan
+    from mediator_cli.plan.make import make_plan
+    from mediator_cli.recipe.load import load_recipe
+
+    made = make_plan(load_recipe(recipe, changes or ()))
+    report = describe_plan(made, output, settings(memory, workers))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    print_notices(report.notices)
+    _print(report)
+    say(f"Next: mediator merge {recipe}")
+
+
+def _print(report: PlanReport) -> None:
+    rows = [
+        ("layers", f"{report.n_layers} ({report.n_units} units, {report.n_tensors} tensors)"),
+        ("assignment", report.assignment),
+        ("read", f"{human_bytes(sum(report.read_bytes.values()))}: " + _stages(report.read_bytes)),
+        ("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts"),
+        ("peak memory", f"about {human_bytes(report.peak_memory)} with {report.workers} workers"),
+        ("free disk", f"{human_bytes(report.free_disk)} at {report.output}"),
+    ]
+    print_table(("what", "value"), rows)
+    print_table(
+        ("method", "tensors#", "parameters"),
+        [(m.method, str(m.n_tensors), _parameters(m.parameters)) for m in report.methods],
+    )
+    if report.differences:
+        cells = [(d.setting, d.winner, _short(d.value), _others(d.others)) for d in report.differences]
+        print_table(("setting", "winner", "value", "others"), cells, title="where the sources differ")
+    else:
+        say("config, generation config, tokenizer and chat template are the same in all sources.\n")
+
+
+def _stages(read: dict[str, int]) -> str:
+    return ", ".join(f"{stage} {human_bytes(n)}" for stage, n in read.items() if n)
+
+
+def _range(report: PlanReport) -> str:
+    low, high = report.sparse_bytes
+    return f"about {human_bytes(low)}" if low == high else f"{human_bytes(low)} to {human_bytes(high)}"
+
+
+def _parameters(parameters: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in parameters.items())
+
+
+def _others(others: dict[str, object]) -> str:
+    return "; ".join(f"{name}: {_short(value)}" for name, value in others.items())
+
+
+def _short(value: object, limit: int = 48) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

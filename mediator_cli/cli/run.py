@@ -1,0 +1,31 @@
+"""From options to pipeline settings."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mediator_cli.pipeline.merge import Settings
+
+
+def settings(
+    memory: str,
+    workers: int | None,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Settings:
+    """Read the options that say how to run; raise OutputError when the memory is not a size."""
+    from mediator_cli.errors import OutputError, Problem
+    from mediator_cli.pipeline.merge import Settings
+    from mediator_cli.pipeline.progress import silent
+    from mediator_cli.recipe.schema import parse_size
+
+    try:
+        n_bytes = parse_size(memory)
+    except ValueError as error:
+        raise OutputError(Problem("--memory", str(error), "write for example --memory 2GiB")) from None
+    return Settings(overwrite, n_bytes, workers or os.cpu_count() or 1, progress or silent)

@@ -1,0 +1,32 @@
+"""`mediator schema`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from mediator_cli.cli.output import print_json
+
+
+class SchemaKind(StrEnum):
+    """What a schema describes."""
+
+    recipe = "recipe"
+    manifest = "manifest"
+    conflicts = "conflicts"
+
+
+def schema(
+    kind: Annotated[SchemaKind, typer.Argument(help="Which format.", show_default=True)] = SchemaKind.recipe,
+) -> None:
+    """Print the JSON schema of a recipe, a routing manifest or a conflict report."""
+    if kind is SchemaKind.recipe:
+        from mediator_cli.plan.schema import recipe_schema
+
+        print_json(recipe_schema())
+        return
+    from mediator_cli.bundle.manifest import ConflictReport, Manifest
+
+    print_json((Manifest if kind is SchemaKind.manifest else ConflictReport).model_json_schema())

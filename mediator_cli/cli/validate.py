@@ -1,0 +1,30 @@
+"""`mediator validate`."""
+
+from __future__ import annotations
+
+import typer
+
+from mediator_cli.cli.options import JsonOption, RecipeArgument, SetOption
+from mediator_cli.cli.output import print_json, print_notices, say
+
+
+def validate(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a recipe and its checkpoints: every problem at once, from headers and configs alone."""
+    from mediator_cli.errors import MediatorError
+    from mediator_cli.plan.make import make_plan
+    from mediator_cli.recipe.load import load_recipe
+
+    try:
+        plan = make_plan(load_recipe(recipe, changes or ()))
+    except MediatorError as error:
+        if not as_json:
+            raise
+        problems = [{"place": p.place, "message": p.message, "hint": p.hint} for p in error.problems]
+        print_json({"valid": False, "problems": problems})
+        raise typer.Exit(2) from None
+    if as_json:
+        print_json({"valid": True, "problems": [], "notices": list(plan.notices)})
+        return
+    print_notices(plan.notices)
+    say(f"{recipe} is valid: {len(plan.experts)} experts, {len(plan.tensors)} tensors, {len(plan.units)} units.")
+    say(f"Next: mediator plan {recipe}")

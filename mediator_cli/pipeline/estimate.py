@@ -1,0 +1,145 @@
+"""What a merge will read, write and hold in memory, from the plan alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mediator_cli.bundle.sparse import index_codec
+from mediator_cli.engine.statistics import group_by_method
+from mediator_cli.engine.streams import make_budget, peak_bytes
+from mediator_cli.pipeline.conflicts import conflict_passes
+from mediator_cli.pipeline.merge import Settings, dense_bytes, free_bytes, output_folder
+from mediator_cli.pipeline.record import method_records
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mediator_cli.plan.model import Plan, TensorPlan
+
+_VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "sign": 1}
+
+
+class DifferenceReport(BaseModel):
+    """A setting in which the sources differ, and whose value wins."""
+
+    setting: str
+    winner: str
+    value: Any
+    others: dict[str, Any]
+
+
+class MethodReport(BaseModel):
+    """A merge method, its parameters after defaults, and the tensors it merges."""
+
+    method: str
+    parameters: dict[str, Any]
+    n_tensors: int
+
+
+class PlanReport(BaseModel):
+    """The plan in numbers; sizes in bytes, `sparse_bytes` from the least to the most that the rule can route."""
+
+    model_config = ConfigDict(frozen=True)
+
+    output: str
+    n_layers: int
+    n_units: int
+    n_tensors: int
+    assignment: str
+    read_bytes: dict[str, int]
+    dense_bytes: int
+    sparse_bytes: tuple[int, int]
+    peak_memory: int
+    workers: int
+    free_disk: int
+    methods: tuple[MethodReport, ...]
+    differences: tuple[DifferenceReport, ...]
+    notices: tuple[str, ...]
+
+
+def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanReport:
+    """Put a plan in numbers; reads nothing but free disk space."""
+    budget = make_budget(len(plan.experts), settings.workers, settings.memory)
+    target = output_folder(plan, output)
+    return PlanReport(
+        output=str(target),
+        n_layers=len(plan.layers),
+        n_units=len(plan.units),
+        n_tensors=len(plan.tensors),
+        assignment=_assignment(plan),
+        read_bytes=_reads(plan),
+        dense_bytes=dense_bytes(plan),
+        sparse_bytes=_sparse_range(plan),
+        peak_memory=peak_bytes(len(plan.experts), budget),
+        workers=budget.workers,
+        free_disk=free_bytes(target),
+        methods=tuple(MethodReport(**record.model_dump()) for record in method_records(plan)),
+        differences=tuple(
+            DifferenceReport(setting=d.setting, winner=d.winner, value=d.value, others=dict(d.others))
+            for d in plan.differences
+        ),
+        notices=plan.notices,
+    )
+
+
+def _assignment(plan: Plan) -> str:
+    spec = plan.loaded.recipe.assign
+    fixed = {"none": "average all units", "all": "route all units", "listed": f"route {', '.join(plan.listed)}"}
+    if spec.rule in fixed:
+        return fixed[spec.rule]
+    rule = {
+        "threshold": f"score > {spec.threshold}",
+        "top_k": f"the {spec.k} highest scores",
+        "mean_std": f"score > mean + {spec.std or 0.0} std",
+    }[spec.rule]
+    return f"route of {len(plan.candidates)} candidates: {rule} ({plan.loaded.recipe.conflict.measure})"
+
+
+def _reads(plan: Plan) -> dict[str, int]:
+    per_pass = sum(info.n_bytes for info in plan.base.tensors.values())
+    per_pass += sum(info.n_bytes for expert in plan.experts for info in expert.tensors.values())
+    rule = plan.loaded.recipe.assign.rule
+    sizes = sum(tensor.size for tensor in plan.tensors)
+    ranked = sum(group.n_read for group in group_by_method(plan.tensors)) / max(1, sizes)
+    measured = 0 if rule == "none" else conflict_passes(plan.loaded.recipe.conflict.denoise)
+    routed = _routed_share(plan)[1] * (3 if plan.loaded.recipe.extract.values in ("sign", "int8") else 2)
+    return {
+        "digest sources": per_pass,
+        "measure conflict": measured * per_pass,
+        "rank deltas": int(ranked * per_pass),
+        "average": per_pass,
+        "extract experts": int(routed * per_pass),
+    }
+
+
+def _routed_share(plan: Plan) -> tuple[float, float]:
+    """Bound the share of all entries that can be routed."""
+    sizes = {unit: 0 for unit in plan.units}
+    for tensor in plan.tensors:
+        sizes[tensor.unit] += tensor.size
+    total = max(1, sum(sizes.values()))
+    spec = plan.loaded.recipe.assign
+    if spec.rule in ("none", "all", "listed"):
+        units = {"none": (), "all": plan.units, "listed": plan.listed}[spec.rule]
+        share = sum(sizes[unit] for unit in units) / total
+        return share, share
+    ordered = sorted(sizes[unit] for unit in plan.candidates)
+    if spec.rule == "top_k":
+        k = min(spec.k or 0, len(ordered))
+        return sum(ordered[:k]) / total, sum(ordered[len(ordered) - k :]) / total
+    return 0.0, sum(ordered) / total
+
+
+def _sparse_range(plan: Plan) -> tuple[int, int]:
+    low, high = _routed_share(plan)
+    everything = sum(_sparse_bytes(tensor) for tensor in plan.tensors) * len(plan.experts)
+    return int(low * everything), int(high * everything)
+
+
+def _sparse_bytes(tensor: TensorPlan) -> float:
+    extract = tensor.extract
+    kept = extract.density * tensor.size
+    index = tensor.size / 8 if index_codec(extract.density) == "bitmap" else kept + tensor.size / 255
+    return index + kept * _VALUE_BITS[extract.values] / 8
