@@ -106,10 +106,10 @@ class Workshop:
         path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in data.items()) + "\n")
         return path
 
-    def merge(self, output: str = "out", settings: Settings | None = None, **fields: Any) -> Path:
+    def merge(self, name: str = "out", /, settings: Settings | None = None, **fields: Any) -> Path:
         """Write a recipe, plan it and merge."""
-        plan = make_plan(load_recipe(self.recipe(f"{output}.yaml", **fields)))
-        return merge(plan, self.folder / output, settings=settings or Settings(workers=2))
+        plan = make_plan(load_recipe(self.recipe(f"{name}.yaml", **fields)))
+        return merge(plan, self.folder / name, settings=settings or Settings(workers=2))
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from mediator_cli.bundle.sparse_file import SparseDelta
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -47,12 +49,19 @@ class Bundle:
         if not deltas:
             return dense
         if len(deltas) == 1:
-            return deltas[0][0].read(name).add_to(dense, deltas[0][1])
+            return self._delta(deltas[0][0], name).add_to(dense, deltas[0][1])
         mixed = dense.flatten().float()
         for sparse, weight in deltas:
-            delta = sparse.read(name)
+            delta = self._delta(sparse, name)
             mixed[delta.positions] += delta.values * weight
         return mixed.to(dense.dtype).view(dense.shape)
+
+    def _delta(self, sparse: SparseFile, name: str) -> SparseDelta:
+        shape, dense = sparse.tensors[name].shape, self.tensors[name].shape
+        if shape != dense:
+            message = f"shape {list(shape)}, the dense tensor has {list(dense)}"
+            raise BundleError(Problem(f"{sparse.file}: {name}", message, "the bundle is damaged; fetch it again"))
+        return sparse.read(name)
 
     def _sparse(self, expert: str) -> SparseFile:
         known = [source.name for source in self.manifest.experts]

@@ -7,11 +7,12 @@ allows. What the arrays mean stands in README.md beside this file.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mediator_cli.bundle.sparse import (
     ALIGNMENT,
@@ -22,13 +23,13 @@ from mediator_cli.bundle.sparse import (
     padded,
     unpack_bits,
 )
-from mediator_cli.checkpoint.header import TensorInfo, read_header
+from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo, read_header
 from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_slab
 from mediator_cli.checkpoint.write import NewTensor, header_bytes, write_error
 from mediator_cli.errors import BundleError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -36,6 +37,8 @@ FORMAT = "mediator.sparse"
 FORMAT_VERSION = "1"
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ARRAYS = ("values", "gaps", "bitmap", "override_index", "override_values")
+_STORED_AS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "sign": "U8"}
+_Count = Annotated[int, Field(ge=0)]
 
 
 class SparseTensor(BaseModel):
@@ -43,12 +46,12 @@ class SparseTensor(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shape: tuple[int, ...]
-    n_kept: int
+    shape: tuple[_Count, ...]
+    n_kept: _Count
     index: IndexCodec
     values: ValueCodec
-    scale: float = 1.0
-    n_overrides: int = 0
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    n_overrides: _Count = 0
 
 
 @dataclass
@@ -151,10 +154,9 @@ class SparseFile:
     def read(self, name: str) -> SparseDelta:
         """Decode one tensor; raise BundleError when its arrays do not fit its specification."""
         spec = self.tensors[name]
-        size = torch.Size(spec.shape).numel()
-        index = self._array(f"{name}.{spec.index}")
-        positions = decode_gaps(index) if spec.index == "gaps" else torch.nonzero(unpack_bits(index, size)).flatten()
-        stored = self._array(f"{name}.values")
+        size = math.prod(spec.shape)
+        positions = self._positions(name, spec, size)
+        stored = self._array(f"{name}.values", (_STORED_AS[spec.values],))
         if spec.values == "sign":
             stored = unpack_bits(stored, spec.n_kept) if len(stored) * 8 >= spec.n_kept else stored
         overrides = self._overrides(name, spec)
@@ -165,19 +167,27 @@ class SparseFile:
             raise self._fault(name, f"a position lies beyond its {size} entries")
         return SparseDelta(spec.shape, positions, values, *overrides)
 
+    def _positions(self, name: str, spec: SparseTensor, size: int) -> torch.Tensor:
+        index = self._array(f"{name}.{spec.index}", ("U8",))
+        if spec.index == "gaps":
+            return decode_gaps(index)
+        if len(index) * 8 < size:
+            raise self._fault(name, f"a bitmap of {len(index)} bytes, not of {size} entries")
+        return torch.nonzero(unpack_bits(index, size)).flatten()
+
     def _overrides(self, name: str, spec: SparseTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not spec.n_overrides:
             return torch.empty(0, dtype=torch.int64), None
-        index = self._array(f"{name}.override_index")[: spec.n_overrides]
-        values = self._array(f"{name}.override_values")[: spec.n_overrides]
+        index = self._array(f"{name}.override_index", ("I64",))[: spec.n_overrides]
+        values = self._array(f"{name}.override_values", FLOAT_DTYPES)[: spec.n_overrides]
         if len(index) != spec.n_overrides or len(values) != spec.n_overrides or int(index.min()) < 0:
             raise self._fault(name, "overrides do not fit their count")
         return index, values
 
-    def _array(self, name: str) -> torch.Tensor:
+    def _array(self, name: str, dtypes: Sequence[str]) -> torch.Tensor:
         info = self.arrays.get(name)
-        if info is None or info.dtype not in TORCH_DTYPES:
-            raise self._fault(name, "array is missing")
+        if info is None or info.dtype not in dtypes:
+            raise self._fault(name, "array is missing" if info is None else f"array of dtype {info.dtype}")
         with open_files([self.file]) as descriptors:
             return read_slab(descriptors, info, 0, info.size)
 
@@ -194,6 +204,6 @@ def open_sparse_file(file: Path) -> SparseFile:
     try:
         specs: dict[str, Any] = json.loads(header.metadata["tensors"])
         tensors = {name: SparseTensor.model_validate(spec) for name, spec in specs.items()}
-    except (KeyError, ValueError, AttributeError, ValidationError) as error:
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise BundleError(Problem(str(file), f"broken metadata: {error}", "fetch the bundle again")) from None
     return SparseFile(file, header.metadata.get("expert", ""), tensors, {info.name: info for info in header.tensors})

@@ -64,7 +64,7 @@ def _list(known: dict[str, Method], as_json: bool) -> None:
 def _explain(method: Method) -> None:
     text = (python_inspect.getdoc(method.function) or "").split(">>>")[0].strip()
     say(f"{method.name}\n\n{text}\n")
-    rows = [(name, *_parameter(facts)) for name, facts in describe(method)["parameters"].items()]
+    rows = [(name, *parameter_cells(facts)) for name, facts in describe(method)["parameters"].items()]
     print_table(("parameter", "values", "default", "meaning"), rows)
     for preset, values in method.presets.items():
         say(f"preset {preset}: " + (", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"))
@@ -72,7 +72,8 @@ def _explain(method: Method) -> None:
     say(f"experts: {fewest if fewest == most else f'{fewest} or more'} · works on {method.space}s · {method.reference}")
 
 
-def _parameter(facts: dict[str, Any]) -> tuple[str, str, str]:
+def parameter_cells(facts: dict[str, Any]) -> tuple[str, str, str]:
+    """Write values, default and meaning of one parameter of a method."""
     if "enum" in facts:
         values = " | ".join(str(value) for value in facts["enum"])
     else:

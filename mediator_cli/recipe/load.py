@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
-from mediator_cli.recipe.schema import Recipe
+from mediator_cli.recipe.schema import RULE_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +61,8 @@ def dotted(field: Sequence[str | int]) -> str:
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
     """Read and check a recipe; `changes` are `field.path=value` texts that win over the file.
 
+    A change of `assign.rule` or of a `method` drops the fields in the file that the new one does not share.
+
     Raises RecipeError with all problems of form, ordered by line.
     """
     text = _read_text(path)
@@ -70,7 +72,8 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
     if problems:
         raise RecipeError(problems)
     data = _Loader("").construct_document(node)
-    changed = [_apply_change(data, change) for change in changes]
+    # A new rule or method drops what belonged to the old one, so it goes before changes of its own fields.
+    changed = [_apply_change(data, change) for change in sorted(changes, key=lambda text: not _chooses(text))]
     lines |= {field: 0 for field in changed}
     return _validate(path, text, data, lines, tuple(changes))
 
@@ -143,8 +146,17 @@ def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
     for part in field[:-1]:
         target = _step_into(target, part, place)
     _step_check(target, field[-1], place)
+    if _chooses(change):
+        kept = RULE_FIELDS.get(str(value), ()) if field[-1] == "rule" else ()
+        for name in [name for name in target if name not in kept]:
+            del target[name]
     target[field[-1]] = value
     return field
+
+
+def _chooses(change: str) -> bool:
+    """Whether a change chooses a rule or a method, which have fields of their own."""
+    return change.partition("=")[0].endswith((".rule", ".method"))
 
 
 def _step_into(target: Any, part: str | int, place: str) -> Any:  # noqa: ANN401 - YAML data

@@ -83,7 +83,7 @@ class ConflictSpec(Strict):
     ] = "layer"
 
 
-_RULE_FIELDS: dict[str, tuple[str, ...]] = {
+RULE_FIELDS: dict[str, tuple[str, ...]] = {
     "none": (),
     "all": (),
     "threshold": ("threshold", "candidates"),
@@ -91,6 +91,7 @@ _RULE_FIELDS: dict[str, tuple[str, ...]] = {
     "mean_std": ("std", "candidates"),
     "listed": ("units",),
 }
+"""The fields of `assign` that each rule takes."""
 
 
 class AssignSpec(Strict):
@@ -103,8 +104,10 @@ class AssignSpec(Strict):
             "mean_std: score > mean + std deviations. listed: the units named."
         ),
     ] = "mean_std"
-    threshold: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
-    k: Annotated[int | None, Field(ge=0)] = None
+    threshold: Annotated[
+        float | None, Field(ge=0, le=1, allow_inf_nan=False, description="Score above which a unit is routed.")
+    ] = None
+    k: Annotated[int | None, Field(ge=0, description="Number of units that are routed.")] = None
     std: Annotated[Finite | None, Field(description="Deviations above the mean; default 0.")] = None
     units: Annotated[
         tuple[str, ...] | None, Field(strict=False, description="Unit names or globs, for rule `listed`.")
@@ -116,7 +119,7 @@ class AssignSpec(Strict):
 
     @model_validator(mode="after")
     def _fields_fit_rule(self) -> AssignSpec:
-        allowed = _RULE_FIELDS[self.rule]
+        allowed = RULE_FIELDS[self.rule]
         given = self.model_fields_set - {"rule"}
         if extra := sorted(given - set(allowed)):
             raise ValueError(f"rule '{self.rule}' takes no {', '.join(extra)}")
@@ -221,12 +224,16 @@ class Recipe(Strict):
     version: Annotated[Literal[1], Field(description="Version of the recipe format.")]
     kind: Annotated[Literal["mediator"], Field(description="Kind of merge; a static merge is rule none.")] = "mediator"
     base: Annotated[str, Field(min_length=1, description="Folder of the model that all experts were tuned from.")]
-    experts: Annotated[tuple[ExpertSpec, ...], Field(strict=False, min_length=1)]
+    experts: Annotated[
+        tuple[ExpertSpec, ...], Field(strict=False, min_length=1, description="The fine-tunes to merge, in order.")
+    ]
     conflict: ConflictSpec = ConflictSpec()
     assign: AssignSpec = AssignSpec()
     average: AverageSpec = AverageSpec()
     extract: ExtractSpec = ExtractSpec()
-    overrides: Annotated[tuple[OverrideSpec, ...], Field(strict=False)] = ()
+    overrides: Annotated[
+        tuple[OverrideSpec, ...], Field(strict=False, description="Other settings for some tensors; later ones win.")
+    ] = ()
     tokenizer: Annotated[
         str,
         Field(

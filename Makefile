@@ -1,0 +1,67 @@
+# The only entry point, for people and for CI. `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MEDIATOR := $(BIN)/mediator
+RECIPE := recipes/smollm2/mediator.yaml
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo-experts demo test test-slow lint types imports docs docs-check bench check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml scripts/constraints.txt scripts/demo/packages.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r scripts/demo/packages.txt
+	@touch $(STAMP)
+
+install: $(STAMP) ## create .venv with everything that demo, tests and docs need
+
+demo-experts: install
+	$(BIN)/python -m scripts.demo.experts
+
+demo: demo-experts ## build real experts, measure conflict, merge them, show the result
+	@echo "\n== mediator analyze-conflicts $(RECIPE)"
+	$(MEDIATOR) analyze-conflicts $(RECIPE) -o demo/conflicts.json --plot demo/conflicts.png
+	@echo "\n== mediator merge $(RECIPE)"
+	$(MEDIATOR) merge $(RECIPE) --conflicts demo/conflicts.json --overwrite
+	@echo "\nTry next, after \`source $(VENV)/bin/activate\`:"
+	@echo "  mediator plan $(RECIPE)                     what a merge would do"
+	@echo "  mediator merge $(RECIPE) -o demo/static --set assign.rule=none"
+	@echo "  mediator inspect demo/bundle                 what the bundle holds"
+	@echo "  mediator verify demo/bundle                  check every byte of it"
+	@echo "  mediator methods ties                        one merge method in detail"
+
+test: install ## run the tests, below 5 minutes on 2 cores
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: demo-experts ## run the tests on the real model and its experts
+	$(BIN)/python -m pytest -m slow tests/slow
+
+lint: install ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## check types
+	$(BIN)/mypy
+
+imports: install ## check which room may import which
+	$(BIN)/lint-imports
+
+docs: install ## write the generated parts of the docs anew
+	$(BIN)/python scripts/docs.py
+
+docs-check: install ## fail if a generated part of the docs is out of date
+	$(BIN)/python scripts/docs.py --check
+
+bench: install ## time and peak memory of merging four 0.5B checkpoints
+	$(BIN)/python scripts/bench_merge.py
+
+check: lint types imports docs-check test ## all that CI checks but the slow tests
+
+clean: ## remove what can be built again; cached experts stay
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

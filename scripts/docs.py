@@ -1,0 +1,171 @@
+"""Write the generated parts of the docs: blocks between `<!-- begin NAME -->` and `<!-- end NAME -->`, and schemas.
+
+`python scripts/docs.py` writes, `python scripts/docs.py --check` fails where something is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mediator_cli.bundle.manifest import ConflictReport, Manifest
+from mediator_cli.cli.app import app
+from mediator_cli.cli.methods import describe, parameter_cells
+from mediator_cli.methods.registry import methods
+from mediator_cli.plan.schema import recipe_schema
+from mediator_cli.recipe.schema import AverageSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = ("README.md", "recipes/README.md", "mediator_cli/cli/README.md", "mediator_cli/methods/README.md")
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Lay a Markdown table out."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines])
+
+
+def _commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
+def commands_block() -> str:
+    """List the commands with one line each."""
+    rows = [(f"`mediator {name}`", (command.help or "").split("\n")[0]) for name, command in _commands().items()]
+    return table(("command", "what it does"), rows)
+
+
+def options_block() -> str:
+    """List arguments and options of every command."""
+    parts = []
+    for name, command in _commands().items():
+        rows = []
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            is_argument = parameter.param_type_name == "argument"
+            label = str(parameter.metavar or parameter.name).upper() if is_argument else ", ".join(parameter.opts)
+            rows.append((f"`{label}`", getattr(parameter, "help", "") or ""))
+        parts.append(f"### mediator {name}\n\n{command.help}\n\n{table(('option', 'meaning'), rows)}")
+    return "\n\n".join(parts)
+
+
+def methods_block() -> str:
+    """List the merge methods with one line each."""
+    rows = [
+        (f"[`{name}`](mediator_cli/methods/README.md#{name})", m.summary, f"[paper]({m.reference})")
+        for name, m in methods().items()
+    ]
+    return table(("method", "what it does", "reference"), rows)
+
+
+def method_pages_block() -> str:
+    """Explain every merge method from its docstring and signature."""
+    parts = []
+    for name, method in methods().items():
+        facts = describe(method)
+        text = (inspect.getdoc(method.function) or "").split(">>>")[0].strip()
+        rows = [(f"`{p}`", *parameter_cells(f)) for p, f in facts["parameters"].items()]
+        presets = [f"- preset `{p}`: {', '.join(f'{k}={v}' for k, v in d.items()) or 'the defaults'}" for p, d in
+                   facts["presets"].items()]  # fmt: skip
+        parts.append(
+            f"## {name}\n\n{text}\n\n{table(('parameter', 'values', 'default', 'meaning'), rows)}\n\n"
+            + ("\n".join(presets) + "\n\n" if presets else "")
+            + f"Works on {method.space}s. Reference: <{method.reference}>"
+        )
+    return "\n\n".join(parts)
+
+
+def recipe_fields_block() -> str:
+    """List every field of a recipe with its default and meaning."""
+    schema = recipe_schema()
+    rows = list(_fields(schema, schema, ""))
+    return table(("field", "default", "meaning"), rows)
+
+
+def _fields(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Any:  # noqa: ANN401 - a generator of rows
+    for name, facts in node.get("properties", {}).items():
+        inner = _resolve(schema, facts)
+        is_list = facts.get("type") == "array"
+        target = _resolve(schema, facts["items"]) if is_list and "items" in facts else inner
+        field = f"{prefix}{name}{'[]' if is_list else ''}"
+        if name == "average":
+            target = AverageSpec.model_json_schema()
+        meaning = facts.get("description") or inner.get("description") or ""
+        if not target.get("properties"):
+            meaning = _with_values(schema, facts, meaning)
+        default = json.dumps(facts["default"], ensure_ascii=False) if "default" in facts else "required"
+        yield f"`{field}`", "" if target.get("properties") else f"`{default}`", meaning
+        yield from _fields(schema, target, f"{field}.")
+
+
+def _resolve(schema: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    options = facts.get("anyOf", [facts])
+    chosen = next((option for option in options if option.get("type") != "null"), facts)
+    if "$ref" in chosen:
+        return _resolve(schema, schema["$defs"][chosen["$ref"].rsplit("/", 1)[1]])
+    if "anyOf" in chosen:
+        return _resolve(schema, chosen["anyOf"][-1])
+    return dict(chosen)
+
+
+def _with_values(schema: dict[str, Any], facts: dict[str, Any], meaning: str) -> str:
+    values = _resolve(schema, facts).get("enum")
+    listed = " One of " + ", ".join(f"`{value}`" for value in values) + "." if values else ""
+    return (meaning + listed).strip()
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "commands": commands_block,
+    "options": options_block,
+    "methods": methods_block,
+    "method pages": method_pages_block,
+    "recipe fields": recipe_fields_block,
+}
+
+
+def filled(text: str) -> str:
+    """Fill every marked block of a page."""
+    for name, block in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if pattern.search(text):
+            content = block()
+            text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+    return text
+
+
+def wanted() -> dict[Path, str]:
+    """Return every generated file with what it should hold."""
+    pages = {ROOT / name: filled((ROOT / name).read_text(encoding="utf-8")) for name in MARKED}
+    schemas = {
+        ROOT / "recipes" / "recipe.schema.json": recipe_schema(),
+        ROOT / "mediator_cli" / "bundle" / "manifest.schema.json": Manifest.model_json_schema(),
+        ROOT / "mediator_cli" / "bundle" / "conflicts.schema.json": ConflictReport.model_json_schema(),
+    }
+    return pages | {file: json.dumps(schema, indent=1, ensure_ascii=False) + "\n" for file, schema in schemas.items()}
+
+
+def main() -> None:
+    """Write, or with --check compare."""
+    check = "--check" in sys.argv[1:]
+    stale = [f for f, text in wanted().items() if not f.exists() or f.read_text(encoding="utf-8") != text]
+    for file in stale:
+        sys.stdout.write(f"{'out of date' if check else 'written'}: {file.relative_to(ROOT)}\n")
+        if not check:
+            file.write_text(wanted()[file], encoding="utf-8")
+    if check and stale:
+        sys.exit("run `make docs` and commit the result")
+
+
+if __name__ == "__main__":
+    main()
