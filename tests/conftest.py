@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from safetensors.torch import load_file, save_file
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
+from mediator_cli.cli.app import main
+
+# The same examples in every run, and no limit of time: a busy machine is no failure.
+hypothesis_settings.register_profile(
+    "mediator", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("mediator")
 
 HIDDEN, INNER, VOCAB, LAYERS = 8, 12, 20, 3
 CONFIG = {
@@ -90,6 +101,23 @@ def write_adapter(folder: Path, seed: int, rank: int = 2, **config: Any) -> Path
     return folder
 
 
+def edit_json(file: Path, **fields: Any) -> None:
+    """Set fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Give a change for `edit_tensors` that sets one tensor."""
+    return lambda tensors: tensors.update({name: tensor})
+
+
 @dataclass(frozen=True)
 class Workshop:
     """A folder with a base, two full experts, one adapter, and recipes over them."""
@@ -122,3 +150,53 @@ def workshop(tmp_path: Path) -> Workshop:
         write_checkpoint(tmp_path / name, tensors)
     write_adapter(tmp_path / "lora", 3)
     return made
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of the command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mediator(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Run]:
+    """Call `mediator` with some words, in the workshop's folder, through the entry point of the package."""
+    monkeypatch.chdir(workshop.folder)
+
+    def call(*words: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["mediator", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Run(exit_.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def all_files(folder: Path) -> dict[str, bytes | None]:
+    """List a folder with all that it holds: the bytes of files, None for folders."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(mediator: Callable[..., Run], workshop: Workshop) -> Callable[..., None]:
+    """Call `mediator`, default `merge recipe.yaml -o out`, and expect one refusal that leaves no trace on disk."""
+
+    def check(place: str, message: str, hint: str, *words: object) -> None:
+        before = all_files(workshop.folder)
+        run = mediator(*(words or ("merge", "recipe.yaml", "-o", "out")))
+        assert run.code == 2
+        assert "Traceback" not in run.err
+        lines = run.err.splitlines()
+        start = f"error: {place}: ".replace("error: : ", "error: ")
+        found = [n for n, line in enumerate(lines) if line.startswith(start) and message in line]
+        assert len(found) == 1, run.err
+        assert not hint or (lines[found[0] + 1].startswith("  hint: ") and hint in lines[found[0] + 1]), run.err
+        assert all_files(workshop.folder) == before
+
+    return check

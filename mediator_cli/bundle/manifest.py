@@ -194,7 +194,7 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     if not file.is_file():
         raise BundleError(Problem(str(folder), f"has no {MANIFEST}", "is it a bundle? `mediator merge` writes one"))
-    manifest = read_record(file, Manifest, "manifest")
+    manifest = read_record(bundle_file(folder, MANIFEST), Manifest, "manifest")
     names = [record.name for record in manifest.files] + [sparse.file.name for sparse in manifest.sparse]
     for name in [*names, *(tensor.file for tensor in manifest.tensors.values())]:
         bundle_file(folder, name)

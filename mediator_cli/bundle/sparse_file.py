@@ -65,8 +65,8 @@ class SparseFileWriter:
     arrays: list[NewTensor] = field(default_factory=list)
     tensors: dict[str, SparseTensor] = field(default_factory=dict)
 
-    def append(self, parts: Iterable[torch.Tensor], name: str, dtype: torch.dtype, fill: int = 0) -> int:
-        """Write parts [k₁], [k₂], … as one array, padded with `fill` to a multiple of 8 bytes; return Σ kᵢ."""
+    def append(self, parts: Iterable[torch.Tensor], name: str, dtype: torch.dtype, fill: int = 0) -> None:
+        """Write parts [k₁], [k₂], … as one array, padded with `fill` to a multiple of 8 bytes."""
         count = 0
         for part in parts:
             self.write(part)
@@ -74,7 +74,6 @@ class SparseFileWriter:
         tail = padded(torch.zeros(count % 8, dtype=dtype), fill)[count % 8 :]
         self.write(tail)
         self.arrays.append(NewTensor(name, _DTYPE_NAMES[dtype], (count + tail.numel(),)))
-        return count
 
     def write(self, part: torch.Tensor) -> None:
         """Append raw bytes; raise OutputError when the disk refuses."""

@@ -69,7 +69,9 @@ def open_adapter(folder: Path, base: Mapping[str, TensorInfo]) -> Adapter:
     scale = float(config["lora_alpha"]) / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     pairs, problems = _pair_up(file)
     factors = {f"{module}.weight": LoraFactor(pair["A"], pair["B"], scale) for module, pair in pairs.items()}
-    problems += [problem for name, factor in factors.items() for problem in _check_factor(name, factor, base)]
+    problems += [
+        problem for name, factor in factors.items() for problem in _check_factor(name, factor, base, config["r"])
+    ]
     if problems:
         raise CheckpointError(problems)
     return Adapter(folder, str(config.get("base_model_name_or_path") or ""), factors, file)
@@ -114,7 +116,7 @@ def _pair_up(file: Path) -> tuple[dict[str, dict[str, TensorInfo]], list[Problem
     return ({} if problems else pairs), problems
 
 
-def _check_factor(name: str, factor: LoraFactor, base: Mapping[str, TensorInfo]) -> Iterator[Problem]:
+def _check_factor(name: str, factor: LoraFactor, base: Mapping[str, TensorInfo], rank: float) -> Iterator[Problem]:
     place = f"{factor.a.file}: {name}"
     if name not in base:
         yield Problem(place, "the base has no such tensor", "was the adapter trained on another base?")
@@ -123,3 +125,6 @@ def _check_factor(name: str, factor: LoraFactor, base: Mapping[str, TensorInfo])
     if not fits or (factor.b.shape[0], factor.a.shape[1]) != base[name].shape or factor.b.shape[1] != factor.a.shape[0]:
         shapes = f"B {list(factor.b.shape)} · A {list(factor.a.shape)} does not give {list(base[name].shape)}"
         yield Problem(place, shapes, "was the adapter trained on another base?")
+    elif factor.a.shape[0] != rank:
+        message = f"has rank {factor.a.shape[0]}, adapter_config.json says r={rank}"
+        yield Problem(place, message, "was the file edited by hand?")

@@ -65,12 +65,13 @@ def read_header(file: Path) -> Header:
         n_file = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little") if n_file >= 8 else -1
-            raw = stream.read(length) if 0 <= length <= min(n_file - 8, MAX_HEADER_BYTES) else b""
+            fits = 0 < length <= min(n_file - 8, MAX_HEADER_BYTES)
+            raw = stream.read(length if fits else 1)
     except OSError as error:
         reason = (error.strerror or "unreadable").lower()
         raise CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the path and its rights")) from None
-    if not raw.startswith(b"{"):
-        raise _not_safetensors(file, n_file, length)
+    if not fits or not raw.startswith(b"{"):
+        raise _not_safetensors(file, n_file, length if raw.startswith(b"{") else -1)
     entries = _parse(file, raw)
     metadata = entries.pop("__metadata__", {})
     tensors = [_tensor_info(file, name, entry, 8 + length) for name, entry in entries.items()]
@@ -115,7 +116,7 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
     if not isinstance(entry, dict) or not _is_counts(entry.get("shape")) or not _is_counts(entry.get("data_offsets")):
         raise fault("broken header entry")
     dtype, shape, offsets = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise fault(f"unknown dtype {dtype}")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise fault(f"bytes {offsets} do not fit shape {list(shape)} of {dtype}")

@@ -43,11 +43,16 @@ def weight_files(tensors: Mapping[str, TensorInfo]) -> tuple[Path, ...]:
 
 def find_folder(source: str, path: Path) -> Path:
     """Check that `path`, which the recipe calls `source`, is a folder that can hold a model."""
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        reason = (error.strerror or "unreadable").lower()
+        raise CheckpointError(Problem(str(path), f"cannot read: {reason}", "check the path and its rights")) from None
+    if is_folder:
         return path
     if path.suffix == ".gguf":
         raise CheckpointError(Problem(str(path), "GGUF files are quantised and not supported", _DEQUANTISE))
-    if path.exists():
+    if exists:
         raise CheckpointError(Problem(str(path), "is not a folder", "name the folder that holds config.json"))
     if _HUB_ID.match(source):
         repo = source.split("@")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from mediator_cli.bundle.sparse import (
     same_bits,
 )
 from mediator_cli.bundle.sparse_file import SparseTensor, start_sparse_file
-from mediator_cli.checkpoint.read import TORCH_DTYPES, read_slab
+from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, read_slab
 from mediator_cli.engine.reduce import blocks_of, sum_blocks
 from mediator_cli.engine.select import Threshold, select_magnitudes
 from mediator_cli.engine.streams import check_finite, pieces, uniform_slab
@@ -165,17 +165,14 @@ def _extract_tensor(job: Extraction, tensor: TensorPlan, writer: SparseFileWrite
     if not tensor.size:
         return Kept(0, 0, 0.0, 0.0)
     threshold = _threshold(job, tensor)
-    coder = _Coder(tensor, _scale(job, tensor, threshold), [], [], [], [])
+    coder = _Coder(tensor, _scale(job, tensor, threshold))
     stored = (coder.encode(piece, part, mask) for piece, part, mask in _masked(job, tensor, threshold))
     codec = tensor.extract.values
     if codec == "sign":
-        signs = torch.cat(list(stored))
-        writer.append([pack_bits(signs)], f"{tensor.name}.values", torch.uint8)
-        n_kept = len(signs)
+        writer.append(_packed(stored), f"{tensor.name}.values", torch.uint8)
     else:
-        dtype = encode_values(torch.zeros(0), codec, 1.0).dtype
-        n_kept = writer.append(stored, f"{tensor.name}.values", dtype)
-    return coder.finish(writer, n_kept)
+        writer.append(stored, f"{tensor.name}.values", encode_values(torch.zeros(0), codec, 1.0).dtype)
+    return coder.finish(writer)
 
 
 @dataclass
@@ -184,11 +181,13 @@ class _Coder:
 
     tensor: TensorPlan
     scale: float
-    index: list[torch.Tensor]
-    override_index: list[torch.Tensor]
-    override_values: list[torch.Tensor]
-    energies: list[torch.Tensor]
+    # Bytes, not lists of tensors: thousands of small tensors would keep the heap from shrinking.
+    index: bytearray = field(default_factory=bytearray)
+    override_index: bytearray = field(default_factory=bytearray)
+    override_values: bytearray = field(default_factory=bytearray)
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     position: int = 0
+    n_kept: int = 0
 
     def encode(self, piece: Piece, part: _Part, mask: torch.Tensor) -> torch.Tensor:
         """Encode one slab's kept values and note their positions, errors and overrides."""
@@ -200,44 +199,63 @@ class _Coder:
         wide = part.delta.double()
         missing = wide.clone()
         missing[local] -= decoded.double()
-        self.energies.append(_square_sums(wide, missing))
+        self.squares = sum_blocks([_square_sums(wide, missing)], self.squares)
+        self.n_kept += len(local)
         if extract.density == 1 and extract.values in _LOSSLESS and not extract.rescale:
             self._note_overrides(piece, part, local, decoded)
         return stored
 
     def _note_positions(self, piece: Piece, local: torch.Tensor, mask: torch.Tensor) -> None:
         if index_codec(self.tensor.extract.density) == "bitmap":
-            self.index.append(pack_bits(mask))
+            self.index += bytes_view(pack_bits(mask))
         elif len(local):
-            self.index.append(encode_gaps(local + piece.start, self.position))
+            self.index += bytes_view(encode_gaps(local + piece.start, self.position))
             self.position = piece.start + int(local[-1]) + 1
 
     def _note_overrides(self, piece: Piece, part: _Part, local: torch.Tensor, decoded: torch.Tensor) -> None:
         rebuilt = part.dense.float()
         rebuilt[local] += decoded
         wrong = torch.nonzero(~same_bits(rebuilt.to(part.expert.dtype), part.expert)).flatten()
-        self.override_index.append(wrong + piece.start)
-        self.override_values.append(part.expert[wrong])
+        if len(wrong):
+            self.override_index += bytes_view(wrong + piece.start)
+            self.override_values += bytes_view(part.expert[wrong])
 
-    def finish(self, writer: SparseFileWriter, n_kept: int) -> Kept:
+    def finish(self, writer: SparseFileWriter) -> Kept:
         """Append index and overrides, note the tensor in the header."""
         name, extract = self.tensor.name, self.tensor.extract
         codec = index_codec(extract.density)
-        writer.append(self.index, f"{name}.{codec}", torch.uint8, ESCAPE if codec == "gaps" else 0)
-        n_overrides = sum(len(part) for part in self.override_index)
+        fill = ESCAPE if codec == "gaps" else 0
+        writer.append([_tensor_of(self.index, torch.uint8)], f"{name}.{codec}", torch.uint8, fill)
+        n_overrides = len(self.override_index) // torch.int64.itemsize
         if n_overrides:
-            writer.append(self.override_index, f"{name}.override_index", torch.int64)
-            writer.append(self.override_values, f"{name}.override_values", TORCH_DTYPES[self.tensor.dtype])
+            dtype = TORCH_DTYPES[self.tensor.dtype]
+            writer.append([_tensor_of(self.override_index, torch.int64)], f"{name}.override_index", torch.int64)
+            writer.append([_tensor_of(self.override_values, dtype)], f"{name}.override_values", dtype)
         writer.tensors[name] = SparseTensor(
             shape=self.tensor.shape,
-            n_kept=n_kept,
+            n_kept=self.n_kept,
             index=codec,
             values=extract.values,
             scale=self.scale,
             n_overrides=n_overrides,
         )
-        energy, error = sum_blocks(self.energies).tolist()
-        return Kept(n_kept, n_overrides, energy, error)
+        energy, error = self.squares.tolist()
+        return Kept(self.n_kept, n_overrides, energy, error)
+
+
+def _tensor_of(data: bytearray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def _packed(signs: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Pack bools into bytes, eight across slabs where a slab's count is no multiple of eight."""
+    rest = torch.empty(0, dtype=torch.bool)
+    for part in signs:
+        bits = torch.cat([rest, part])
+        whole = len(bits) // 8 * 8
+        yield pack_bits(bits[:whole])
+        rest = bits[whole:]
+    yield pack_bits(rest)
 
 
 def _square_sums(wide: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 def check_output(target: Path, overwrite: bool) -> None:
     """Raise OutputError if `target` stands in the way of a new bundle."""
-    if not target.exists() and not target.is_symlink():
+    try:
+        stands = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise write_error(target, error) from None
+    if not stands:
         return
     if not target.is_dir() or target.is_symlink():
         raise OutputError(Problem(str(target), "exists and is not a folder", "choose another output"))

@@ -21,9 +21,16 @@ def blocks_of(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.split(rows, BLOCK, dim=-1)
 
 
-def sum_blocks(partial: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum slabs of block values [blocks, …] in float64 in block order."""
-    return torch.cat(list(partial)).sum(dim=0)
+def sum_blocks(partial: Iterable[torch.Tensor], start: torch.Tensor | None = None) -> torch.Tensor:
+    """Add slabs of block values [blocks, …] to `start`, default 0, in float64 in block order.
+
+    A running sum, so that no small tensor outlives its slab: thousands of them would keep the heap from shrinking.
+    """
+    total = torch.zeros((), dtype=torch.float64) if start is None else start
+    for values in partial:
+        for value in values:
+            total = total + value
+    return total
 
 
 def metered(

@@ -146,6 +146,8 @@ def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[FileRecord,
         problems.append(Problem(str(file), f"is about experts {', '.join(report.experts)}", hint))
     if report.denoise != wanted:
         problems.append(Problem(str(file), f"was denoised by {report.denoise}, the recipe says {wanted}", hint))
+    if set(report.tensors) != {tensor.name for tensor in plan.tensors if tensor.average is not None}:
+        problems.append(Problem(str(file), "is about other tensors", hint))
     for name, files in sources.items():
         known = [record.sha256 for record in report.sources.get(name, ())]
         if known != [record.sha256 for record in files]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mediator_cli.bundle.manifest import CONFLICTS, EXPERTS_FOLDER, MANIFEST, FileRecord, to_json
 from mediator_cli.checkpoint.read import open_files
 from mediator_cli.checkpoint.source import weight_files
-from mediator_cli.checkpoint.write import NewTensor, index_json, plan_shards
+from mediator_cli.checkpoint.write import NewTensor, index_json, plan_shards, write_error
 from mediator_cli.engine.combine import DenseTensor, write_dense
 from mediator_cli.engine.digest import digest_files, digest_tensors
 from mediator_cli.engine.extract import Dense, Extraction, extract_expert
@@ -108,8 +108,10 @@ def dense_bytes(plan: Plan) -> int:
 
 def free_bytes(target: Path) -> int:
     """Count the free bytes of the disk that will hold `target`."""
-    parent = next(folder for folder in [target, *target.parents] if folder.exists())
-    return shutil.disk_usage(parent).free
+    try:
+        return shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
+    except OSError as error:
+        raise write_error(target, error) from None
 
 
 def _check_space(plan: Plan, target: Path) -> None:

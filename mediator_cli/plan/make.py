@@ -14,7 +14,7 @@ from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_m
 from mediator_cli.methods.registry import ResolvedMethod, resolve_method
 from mediator_cli.plan.differences import find_differences
 from mediator_cli.plan.model import Plan, ResolvedExtract, TensorPlan
-from mediator_cli.plan.sources import open_base, open_experts
+from mediator_cli.plan.sources import check_experts_alone, open_base, open_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ _SCORED_RULES = ("threshold", "top_k", "mean_std")
 def make_plan(loaded: LoadedRecipe) -> Plan:
     """Resolve a recipe against its checkpoints; reads headers and configs only.
 
-    Raises RecipeError or CheckpointError with every problem found.
+    Raises RecipeError or CheckpointError with every problem found, ordered by line.
     """
     methods, problems = _resolve_methods(loaded)
     problems += _check_experts(loaded, methods)
@@ -41,9 +41,9 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
         experts, faults = open_experts(loaded, base)
         problems += [*faults, *_check_names(loaded, base), *_check_tokenizer(loaded, base, experts)]
     except CheckpointError as error:
-        raise CheckpointError([*problems, *error.problems]) from None
+        raise CheckpointError(loaded.ordered([*problems, *error.problems, *check_experts_alone(loaded)])) from None
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(loaded.ordered(problems))
     return _assemble(loaded, base, tuple(experts), methods)
 
 

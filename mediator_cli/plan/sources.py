@@ -42,19 +42,29 @@ def open_experts(loaded: LoadedRecipe, base: Checkpoint) -> tuple[list[ExpertSou
     problems: list[Problem] = []
     for index, spec in enumerate(loaded.recipe.experts):
         place = loaded.place("experts", index, "model")
+        prompts = loaded.resolve(spec.prompts) if spec.prompts else None
+        if prompts and not prompts.is_file():
+            field = loaded.place("experts", index, "prompts")
+            problems.append(Problem(field, f"no such file: {prompts}", "check the path"))
         try:
             source = _open_expert(loaded, spec, base)
         except CheckpointError as error:
             problems += _at(place, error)
             continue
-        faults = [] if isinstance(source, Adapter) else list(_compare(place, base, source))
-        prompts = loaded.resolve(spec.prompts) if spec.prompts else None
-        if prompts and not prompts.is_file():
-            field = loaded.place("experts", index, "prompts")
-            faults.append(Problem(field, f"no such file: {prompts}", "check the path"))
-        problems += faults
+        problems += [] if isinstance(source, Adapter) else _compare(place, base, source)
         experts.append(ExpertSource(spec.name, spec.weight, source, prompts))
     return experts, problems
+
+
+def check_experts_alone(loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Say what is wrong with the experts' folders where there is no base to compare them with."""
+    for index, spec in enumerate(loaded.recipe.experts):
+        try:
+            folder = find_folder(spec.model, loaded.resolve(spec.model))
+            if not is_adapter(folder):
+                open_checkpoint(folder)
+        except CheckpointError as error:
+            yield from _at(loaded.place("experts", index, "model"), error)
 
 
 def _open_expert(loaded: LoadedRecipe, spec: ExpertSpec, base: Checkpoint) -> Checkpoint | Adapter:

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 FieldPath = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
+_MAX_FIELDS = 100_000
+_MAX_DEPTH = 20
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, the text that it came from, and the line of every field in it."""
+    """A recipe, the text that it came from, and the line of every field in it; 0 for what the command line set."""
 
     recipe: Recipe
     path: Path
@@ -42,11 +45,24 @@ class LoadedRecipe:
         """Return the path that the recipe means: relative ones start at the recipe's folder."""
         return (self.path.parent / source).absolute()
 
+    def ordered(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Sort problems by their line in the recipe; those of the command line and of no line come first."""
+
+        def line(problem: Problem) -> int:
+            found = re.match(r":(\d+)", problem.place.removeprefix(str(self.path)))
+            return int(found[1]) if found else 0
+
+        return sorted(problems, key=line)
+
 
 def place_of(path: Path, lines: Mapping[FieldPath, int], field: FieldPath) -> str:
     """Name file, line and field; a field that is not in the file gets the line of its nearest parent."""
-    known = next((field[:n] for n in range(len(field), -1, -1) if field[:n] in lines), ())
-    return f"{path}:{lines.get(known, 1)} {dotted(field)}".rstrip()
+    line = _line_of(lines, field)
+    return f"{path}:{line} {dotted(field)}".rstrip() if line else f"--set {dotted(field)}"
+
+
+def _line_of(lines: Mapping[FieldPath, int], field: FieldPath) -> int:
+    return next((lines[field[:n]] for n in range(len(field), -1, -1) if field[:n] in lines), 1)
 
 
 def dotted(field: Sequence[str | int]) -> str:
@@ -71,15 +87,21 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
     problems = list(_walk(path, node, (), lines))
     if problems:
         raise RecipeError(problems)
-    data = _Loader("").construct_document(node)
+    data = _construct(path, node)
     # A new rule or method drops what belonged to the old one, so it goes before changes of its own fields.
-    changed = [_apply_change(data, change) for change in sorted(changes, key=lambda text: not _chooses(text))]
-    lines |= {field: 0 for field in changed}
+    for change in sorted(changes, key=lambda text: not _chooses(text)):
+        lines = _lines_after(lines, _apply_change(data, change))
     return _validate(path, text, data, lines, tuple(changes))
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose floats follow YAML 1.2, so that `1e-3` is a number."""
+    """SafeLoader whose floats follow YAML 1.2, so that `1e-3` is a number, and whose errors all have a line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 - YAML data
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
 
 
 _Loader.add_implicit_resolver(
@@ -103,41 +125,66 @@ def _compose(path: Path, text: str) -> yaml.Node:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        message = f"broken YAML: {error.problem or error.context}"
-        raise RecipeError(Problem(f"{path}:{line}", message, "check indentation, quotes and colons")) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(Problem(str(path), f"broken YAML: {error}", "check for control characters")) from None
+        raise _broken(path, error) from None
+    except yaml.reader.ReaderError as error:
+        place = f"{path}:{text.count(chr(10), 0, error.position) + 1}"
+        raise RecipeError(Problem(place, f"broken YAML: {error.reason}", "check for control characters")) from None
+    except RecursionError:
+        raise RecipeError(Problem(str(path), "is nested too deeply", "is this a recipe?")) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(Problem(f"{path}:1", "a recipe is a mapping of fields", "start with `version: 1`"))
     return node
 
 
+def _broken(path: Path, error: yaml.MarkedYAMLError) -> RecipeError:
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    message = f"broken YAML: {error.problem or error.context}"
+    return RecipeError(Problem(f"{path}:{line}", message, "check indentation, quotes and colons"))
+
+
+def _construct(path: Path, node: yaml.Node) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = _Loader("").construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise _broken(path, error) from None
+    return data
+
+
 def _walk(path: Path, node: yaml.Node, field: FieldPath, lines: dict[FieldPath, int]) -> Iterator[Problem]:
+    line = node.start_mark.line + 1
+    if len(field) > _MAX_DEPTH or len(lines) > _MAX_FIELDS:
+        raise RecipeError(Problem(f"{path}:{line}", "is nested too deeply", "does an alias refer to itself?"))
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        yield Problem(f"{path}:{node.start_mark.line + 1}", f"YAML tag {node.tag} is not allowed", "write plain values")
+        yield Problem(f"{path}:{line}", f"YAML tag {node.tag} is not allowed", "write plain values")
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*field, index)] = item.start_mark.line + 1
             yield from _walk(path, item, (*field, index), lines)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            yield from _check_key(path, key, field, lines)
             inner = (*field, str(key.value))
-            if inner in lines:
-                first = lines[inner]
-                yield Problem(
-                    f"{path}:{key.start_mark.line + 1} {dotted(inner)}", f"given twice, first in line {first}"
-                )
             lines[inner] = key.start_mark.line + 1
             yield from _walk(path, value, inner, lines)
+
+
+def _check_key(path: Path, key: yaml.Node, field: FieldPath, lines: Mapping[FieldPath, int]) -> Iterator[Problem]:
+    line, inner = key.start_mark.line + 1, (*field, str(key.value))
+    if key.tag not in _KEY_TAGS:
+        yield Problem(f"{path}:{line} {dotted(field)}".rstrip(), "a key is not a text", "quote it, or mend its name")
+    elif inner in lines:
+        yield Problem(
+            f"{path}:{line} {dotted(inner)}", f"given twice, first in line {lines[inner]}", "keep one of them"
+        )
 
 
 def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
     name, separator, raw = change.partition("=")
     place = f"--set {change}"
-    if not separator or not name:
+    parts = [part for part in re.split(r"[.\[\]]+", name) if part]
+    if not separator or not parts:
         raise RecipeError(Problem(place, "is not field=value", "write for example --set assign.rule=all"))
-    field: FieldPath = tuple(int(part) if part.isdigit() else part for part in re.split(r"[.\[\]]+", name) if part)
+    field: FieldPath = tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in parts)
     try:
         value = yaml.load(raw, Loader=_Loader)
     except yaml.YAMLError:
@@ -157,6 +204,12 @@ def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
 def _chooses(change: str) -> bool:
     """Whether a change chooses a rule or a method, which have fields of their own."""
     return change.partition("=")[0].endswith((".rule", ".method"))
+
+
+def _lines_after(lines: Mapping[FieldPath, int], changed: FieldPath) -> dict[FieldPath, int]:
+    """Note that a field, all in it, and those around it that the file lacks come from the command line."""
+    kept = {field: line for field, line in lines.items() if field[: len(changed)] != changed}
+    return {**{changed[:n]: 0 for n in range(1, len(changed) + 1)}, **kept}
 
 
 def _step_into(target: Any, part: str | int, place: str) -> Any:  # noqa: ANN401 - YAML data
@@ -188,19 +241,18 @@ def _validate(
 
 def _problem(path: Path, lines: dict[FieldPath, int], item: Any) -> tuple[int, Problem]:  # noqa: ANN401 - pydantic's dict
     field: FieldPath = tuple(item["loc"])
-    known = next(field[:n] for n in range(len(field), -1, -1) if field[:n] in lines)
-    place = place_of(path, lines, field) if lines[known] else f"--set {dotted(field)}"
+    line, place = _line_of(lines, field), place_of(path, lines, field)
     if item["type"] == "extra_forbidden":
         hint = did_you_mean(str(field[-1]), _fields_at(field[:-1]))
-        return lines[known], Problem(place, f"unknown key '{field[-1]}'", hint)
+        return line, Problem(place, f"unknown key '{field[-1]}'", hint)
     if item["type"] == "missing":
-        return lines[known], Problem(place, "is required", f"add `{field[-1]}`")
+        return line, Problem(place, "is required", f"add `{field[-1]}`")
     if item["type"] == "string_pattern_mismatch":
-        return lines[known], Problem(place, f"{item['input']!r} is not allowed", _description_at(field))
+        return line, Problem(place, f"{item['input']!r} is not allowed", _description_at(field))
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
-    return lines[known], Problem(place, message[0].lower() + message[1:] + shown, "see `mediator schema recipe`")
+    return line, Problem(place, message[0].lower() + message[1:] + shown, "see `mediator schema recipe`")
 
 
 def _description_at(field: FieldPath) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Unit = Literal["layer", "block", "tensor"]
 Measure = Literal["sign", "any_sign", "cosine"]
@@ -254,9 +254,11 @@ class Recipe(Strict):
             raise ValueError(f"reserved expert names: {', '.join(reserved)}")
         return experts
 
-    @model_validator(mode="after")
-    def _tokenizer_names_an_expert(self) -> Recipe:
-        kind, _, name = self.tokenizer.partition(":")
-        if kind == "expert" and name not in [expert.name for expert in self.experts]:
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_names_an_expert(cls, tokenizer: str, info: ValidationInfo) -> str:
+        kind, _, name = tokenizer.partition(":")
+        experts: tuple[ExpertSpec, ...] | None = info.data.get("experts")
+        if kind == "expert" and experts is not None and name not in [expert.name for expert in experts]:
             raise ValueError(f"tokenizer names no expert: '{name}'")
-        return self
+        return tokenizer

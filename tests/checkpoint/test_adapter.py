@@ -1,0 +1,227 @@
+"""LoRA adapters: what is supported is exact, everything else is refused by name."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import random_tensors, write_adapter
+from safetensors.torch import load_file, save_file
+
+from mediator_cli.checkpoint.adapter import open_adapter
+from mediator_cli.checkpoint.header import TensorInfo, read_tensors
+from mediator_cli.checkpoint.read import AdapterReader, FullReader, open_files
+from mediator_cli.checkpoint.source import weight_files
+from mediator_cli.errors import CheckpointError
+
+Q = "model.layers.0.self_attn.q_proj"
+MODULE = f"base_model.model.{Q}"
+
+
+@pytest.fixture
+def base(workshop):
+    return read_tensors(workshop.folder / "base")
+
+
+def refusal(folder, base):
+    with pytest.raises(CheckpointError) as caught:
+        open_adapter(folder, base)
+    return "\n".join(f"{problem.place}: {problem.message}" for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 2.0),
+        ({"lora_alpha": 3, "r": 2}, 1.5),
+        ({"lora_alpha": 0.5}, 0.25),
+        ({"use_rslora": True}, 4 / math.sqrt(2)),
+        ({"use_rslora": False}, 2.0),
+    ],
+)
+def test_the_scale_is_that_of_peft(tmp_path, base, config, scale):
+    adapter = open_adapter(write_adapter(tmp_path / "x", 0, **config), base)
+    assert {factor.scale for factor in adapter.factors.values()} == {scale}
+    assert len(adapter.factors) == sum(name.endswith("_proj.weight") for name in base)
+    assert adapter.base_name == "base"
+
+
+HARMLESS = {
+    "lora_dropout": 0.1, "inference_mode": True, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM",
+    "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "init_lora_weights": "gaussian",
+    "target_parameters": [], "layer_replication": None, "fan_in_fan_out": False, "a_future_field": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_settings_that_change_nothing_are_accepted(tmp_path, base, name):
+    assert open_adapter(write_adapter(tmp_path / "x", 0, **{name: HARMLESS[name]}), base).factors
+
+
+REFUSED = {
+    "use_dora": True, "modules_to_save": ["lm_head"], "bias": "all", "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 4}, "fan_in_fan_out": True, "target_parameters": ["experts"],
+    "init_lora_weights": "pissa", "layer_replication": [[0, 2]], "lora_bias": True, "trainable_token_indices": [1],
+    "a_future_field": "on",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_change_the_result_are_refused_by_name(tmp_path, base, name):
+    text = refusal(write_adapter(tmp_path / "x", 0, **{name: REFUSED[name]}), base)
+    assert text.endswith(f"adapter_config.json {name}: {name}={REFUSED[name]!r} is not supported yet")
+
+
+@pytest.mark.parametrize("value", [0, -1, "8", None, True])
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+def test_rank_and_alpha_must_be_positive_numbers(tmp_path, base, name, value):
+    assert f"{name}: must be a positive number" in refusal(write_adapter(tmp_path / "x", 0, **{name: value}), base)
+
+
+def test_every_refused_setting_is_reported_at_once(tmp_path, base):
+    text = refusal(write_adapter(tmp_path / "x", 0, use_dora=True, bias="all", r=0), base)
+    assert len(text.splitlines()) == 3
+
+
+def test_other_kinds_of_adapter_are_refused(tmp_path, base):
+    assert "IA3 adapters are not supported" in refusal(write_adapter(tmp_path / "x", 0, peft_type="IA3"), base)
+
+
+def test_an_adapter_without_safetensors_is_refused(tmp_path, base):
+    folder = write_adapter(tmp_path / "x", 0)
+    (folder / "adapter_model.safetensors").unlink()
+    assert "holds no adapter_model.safetensors" in refusal(folder, base)
+
+
+def changed(folder, change):
+    """Write an adapter whose tensors were changed."""
+    file = write_adapter(folder, 0) / "adapter_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        f"{MODULE}.lora_magnitude_vector",
+        f"{MODULE}.lora_B.bias",
+        "base_model.model.lm_head.modules_to_save.weight",
+        f"{MODULE}.base_layer.weight",
+        f"{Q}.lora_A.weight",
+    ],
+)
+def test_an_unknown_tensor_is_refused_by_name(tmp_path, base, name):
+    folder = changed(tmp_path / "x", lambda tensors: tensors.update({name: torch.ones(2, 8)}))
+    assert refusal(folder, base).endswith(f"adapter_model.safetensors: {name}: tensor is not supported yet")
+
+
+@pytest.mark.parametrize(("lost", "alone"), [("B", "A"), ("A", "B")])
+def test_half_a_pair_is_refused(tmp_path, base, lost, alone):
+    folder = changed(tmp_path / "x", lambda tensors: tensors.pop(f"{MODULE}.lora_{lost}.weight"))
+    assert f"{Q}: has lora_{alone} alone" in refusal(folder, base)
+
+
+SHAPES = {
+    "too many columns": ("A", (2, 9), "B [8, 2] · A [2, 9] does not give [8, 8]"),
+    "too many rows": ("B", (9, 2), "B [9, 2] · A [2, 8] does not give [8, 8]"),
+    "other ranks": ("A", (3, 8), "B [8, 2] · A [3, 8] does not give [8, 8]"),
+    "a convolution": ("A", (2, 8, 1), "A [2, 8, 1] does not give [8, 8]"),
+    "a scalar": ("B", (), "B [] · A"),
+}
+
+
+@pytest.mark.parametrize(("factor", "shape", "message"), SHAPES.values(), ids=SHAPES)
+def test_factors_that_do_not_fit_the_base_are_refused(tmp_path, base, factor, shape, message):
+    folder = changed(tmp_path / "x", lambda t: t.update({f"{MODULE}.lora_{factor}.weight": torch.ones(shape)}))
+    assert f"{Q}.weight: " in refusal(folder, base)
+    assert message in refusal(folder, base)
+
+
+def test_a_module_that_the_base_lacks_is_refused(tmp_path, base):
+    extra = {f"base_model.model.other.lora_{f}.weight": torch.ones(2, 2) for f in "AB"}
+    text = refusal(changed(tmp_path / "x", lambda tensors: tensors.update(extra)), base)
+    assert text.endswith("other.weight: the base has no such tensor")
+
+
+def test_integer_factors_are_refused(tmp_path, base):
+    name = f"{MODULE}.lora_A.weight"
+    folder = changed(tmp_path / "x", lambda t: t.update({name: torch.ones(2, 8, dtype=torch.int8)}))
+    assert f"{name}: dtype I8 is not a float type" in refusal(folder, base)
+
+
+def test_names_of_the_default_adapter_are_read(tmp_path, base):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+    assert f"{Q}.weight" in open_adapter(changed(tmp_path / "x", rename), base).factors
+
+
+def write_large(folder, dtype):
+    """An adapter on one matrix of more than one row block, and its base."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1200, 700, generator=generator).bfloat16()
+    a, b = torch.randn(4, 700, generator=generator), torch.randn(1200, 4, generator=generator)
+    for name in ("base", "x"):
+        (folder / name).mkdir()
+    save_file({"m.weight": weight, "n.weight": torch.ones(3)}, folder / "base" / "model.safetensors")
+    factors = {"base_model.model.m.lora_A.weight": a.to(dtype), "base_model.model.m.lora_B.weight": b.to(dtype)}
+    save_file(factors, folder / "x" / "adapter_model.safetensors")
+    (folder / "x" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
+    exact = weight.double() + 1.5 * (b.to(dtype).double() @ a.to(dtype).double())
+    return exact.flatten()
+
+
+def read_slabs(folder, cuts):
+    base = read_tensors(folder / "base")
+    adapter = open_adapter(folder / "x", base)
+    with open_files([*weight_files(base), *weight_files(adapter.tensors)]) as descriptors:
+        reader = AdapterReader(FullReader(descriptors, base), descriptors, adapter)
+        untouched = reader.read("n.weight", 1, 3)
+        parts = [reader.read("m.weight", *cut) for cut in pairwise(cuts)]
+    assert untouched.tolist() == [1.0, 1.0]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_reader_gives_base_plus_scaled_product(tmp_path, dtype):
+    exact = write_large(tmp_path, dtype)
+    found = read_slabs(tmp_path, [0, 840_000])
+    # One rounding of the product and one of the sum, both to float32.
+    assert ((found.double() - exact).abs() <= 2**-23 * (exact.abs() + 20)).all()
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [list(range(0, 840_000, 65536)), list(range(0, 840_000, 262144)), [0, 1, 699, 700, 701, 261_800, 262_144, 523_601]],
+    ids=["one block", "four blocks", "odd cuts"],
+)
+def test_slabs_change_no_bit_of_an_adapter(tmp_path, cuts):
+    write_large(tmp_path, torch.float32)
+    whole = read_slabs(tmp_path, [0, 840_000])
+    assert torch.equal(read_slabs(tmp_path, [*cuts, 840_000]).view(torch.int32), whole.view(torch.int32))
+
+
+def test_a_tiny_adapter_is_applied_to_every_linear_weight(workshop, base):
+    adapter = open_adapter(workshop.folder / "lora", base)
+    factors = load_file(adapter.file)
+    with open_files([*weight_files(base), adapter.file]) as descriptors:
+        reader = AdapterReader(FullReader(descriptors, base), descriptors, adapter)
+        for name, tensor in random_tensors(0).items():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            expected = tensor.double()
+            if f"{module}.lora_A.weight" in factors:
+                b, a = (factors[f"{module}.lora_{f}.weight"].double() for f in "BA")
+                expected = expected + 2.0 * b @ a
+            found = reader.read(name, 0, tensor.numel()).view(tensor.shape)
+            assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_tensors_of_an_adapter_are_its_factors(workshop, base):
+    adapter = open_adapter(workshop.folder / "lora", base)
+    assert set(adapter.tensors) == set(load_file(adapter.file))
+    assert all(isinstance(info, TensorInfo) and info.file == adapter.file for info in adapter.tensors.values())

@@ -1,0 +1,116 @@
+"""The bad-input table, LoRA adapters: what does not fit or is not supported is refused by name."""
+
+import pytest
+import torch
+from conftest import edit_json, edit_tensors, put, write_adapter
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+ADAPTER_EXPERTS = [{"name": "a", "model": "./a"}, {"name": "l", "model": "./lora"}]
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def config(workshop):
+    return workshop.folder / "lora" / "adapter_config.json"
+
+
+def edit_adapter(workshop, change):
+    edit_tensors(workshop.folder / "lora" / "adapter_model.safetensors", change)
+
+
+ADAPTERS = {
+    "factors that do not fit": (
+        lambda w: edit_adapter(w, put(f"{MODULE}.lora_A.weight", torch.zeros(2, 7))),
+        f"{{file}}: {Q0}",
+        "B [8, 2] · A [2, 7] does not give [8, 8]",
+        "another base?",
+    ),
+    "ranks that do not fit": (
+        lambda w: edit_adapter(w, put(f"{MODULE}.lora_A.weight", torch.zeros(3, 8))),
+        f"{{file}}: {Q0}",
+        "B [8, 2] · A [3, 8] does not give [8, 8]",
+        "another base?",
+    ),
+    "rank that is not the config's": (
+        lambda w: edit_json(config(w), r=4),
+        f"{{file}}: {Q0}",
+        "has rank 2, adapter_config.json says r=4",
+        "edited by hand?",
+    ),
+    "tensor that the base lacks": (
+        lambda w: edit_adapter(
+            w, lambda t: t.update({k.replace("layers.0", "layers.9"): v.clone() for k, v in t.items() if MODULE in k})
+        ),
+        "{file}: model.layers.9.self_attn.q_proj.weight",
+        "the base has no such tensor",
+        "another base?",
+    ),
+    "half a pair": (
+        lambda w: edit_adapter(w, lambda t: t.pop(f"{MODULE}.lora_B.weight")),
+        "{file}: model.layers.0.self_attn.q_proj",
+        "has lora_A alone",
+        "damaged",
+    ),
+    "unsupported tensor": (
+        lambda w: edit_adapter(w, put(f"{MODULE}.lora_magnitude_vector", torch.zeros(8))),
+        f"{{file}}: {MODULE}.lora_magnitude_vector",
+        "tensor is not supported yet",
+        "only lora_A and lora_B are",
+    ),
+    "unsupported field": (
+        lambda w: edit_json(config(w), use_dora=True),
+        "{folder}/adapter_config.json use_dora",
+        "use_dora=True is not supported yet",
+        "merge_and_unload",
+    ),
+    "trained modules": (
+        lambda w: edit_json(config(w), modules_to_save=["lm_head"]),
+        "{folder}/adapter_config.json modules_to_save",
+        "modules_to_save=['lm_head'] is not supported yet",
+        "merge_and_unload",
+    ),
+    "other kind of adapter": (
+        lambda w: edit_json(config(w), peft_type="IA3"),
+        "{folder}/adapter_config.json peft_type",
+        "IA3 adapters are not supported",
+        "use a LoRA adapter",
+    ),
+    "rank 0": (
+        lambda w: edit_json(config(w), r=0),
+        "{folder}/adapter_config.json r",
+        "must be a positive number, is 0",
+        "edited by hand?",
+    ),
+    "no weights": (
+        lambda w: (w.folder / "lora" / "adapter_model.safetensors").unlink(),
+        "{folder}",
+        "holds no adapter_model.safetensors",
+        "save_pretrained",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_that_cannot_be_merged_is_refused(workshop, refused, row):
+    break_it, place, message, hint = row
+    workshop.recipe(experts=ADAPTER_EXPERTS)
+    break_it(workshop)
+    folder = workshop.folder / "lora"
+    place = place.format(folder=folder, file=folder / "adapter_model.safetensors")
+    refused(f"recipe.yaml:3 experts[1].model: {place}", message, hint)
+
+
+def test_an_infinite_adapter_factor_is_named_by_the_tensor_that_it_changes(workshop, refused):
+    workshop.recipe(experts=ADAPTER_EXPERTS)
+    edit_adapter(workshop, lambda t: t[f"{MODULE}.lora_B.weight"][3].fill_(float("inf")))
+    refused(Q0, "delta of expert l is", "the fine-tune diverged")
+
+
+def test_all_problems_of_an_adapter_are_told_at_once(workshop, mediator):
+    workshop.recipe(experts=ADAPTER_EXPERTS)
+    write_adapter(workshop.folder / "lora", 3, use_dora=True, bias="all", fan_in_fan_out=True)
+    run = mediator("validate", "recipe.yaml")
+    assert [line.split(": ")[-1] for line in run.err.splitlines() if line.startswith("error")] == [
+        "bias='all' is not supported yet",
+        "use_dora=True is not supported yet",
+        "fan_in_fan_out=True is not supported yet",
+    ]

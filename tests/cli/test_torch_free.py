@@ -1,0 +1,65 @@
+"""What must start fast: help, inspect and the schemas load without torch, numpy and transformers."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "transformers", "safetensors", "matplotlib")
+COMMANDS = ("validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "methods", "schema")
+PROGRAM = """
+import sys
+{}
+loaded = [name for name in {!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+CALLS = """
+from mediator_cli.cli.app import main
+for words in {!r}:
+    sys.argv = ["mediator", *words]
+    try:
+        main()
+    except SystemExit as exit_:
+        assert not exit_.code, (words, exit_.code)
+"""
+
+
+def run_without_torch(body):
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(body, HEAVY)], capture_output=True, text=True)
+
+
+def test_help_and_version_need_no_torch():
+    calls = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    run = run_without_torch(CALLS.format(calls))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Usage: mediator") == 1 + len(COMMANDS)
+
+
+def test_inspect_needs_no_torch(workshop):
+    bundle = workshop.merge("out", assign={"rule": "all"})
+    folders = [str(folder) for folder in (bundle, workshop.folder / "base", workshop.folder / "lora")]
+    calls = [["inspect", folder, *more] for folder in folders for more in ([], ["--json"], ["--tensors"])]
+    run = run_without_torch(CALLS.format(calls))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(": bundle, 29 tensors") == 2
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "mediator_cli, mediator_cli.errors, mediator_cli.recipe.load, mediator_cli.checkpoint.header",
+        "mediator_cli.bundle.manifest, mediator_cli.checkpoint.source, mediator_cli.checkpoint.adapter",
+        "mediator_cli.checkpoint.layout, mediator_cli.checkpoint.write, mediator_cli.plan.sources",
+    ],
+)
+def test_schemas_and_headers_need_no_torch(modules):
+    run = run_without_torch(f"import {modules}")
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_package_loads_its_names_when_asked():
+    body = "import mediator_cli\nfrom mediator_cli import MediatorError, load_recipe\nassert load_recipe.__module__"
+    assert run_without_torch(body).returncode == 0
+    assert run_without_torch("import mediator_cli\nmediator_cli.nothing").stderr.endswith(
+        "has no attribute 'nothing'\n"
+    )

@@ -1,0 +1,177 @@
+"""What every registered method promises, with its defaults and with every preset."""
+
+import doctest
+from importlib import import_module
+from pkgutil import iter_modules
+
+import pytest
+import torch
+
+import mediator_cli.methods as package
+from mediator_cli.methods.registry import ResolvedMethod, methods, resolve_method
+
+METHODS = methods()
+CASES = [(name, preset) for name, method in METHODS.items() for preset in (None, *method.presets)]
+RESOLVED = [resolve_method(name, preset, {}, str) for name, preset in CASES]
+IDS = [f"{name}-{preset or 'defaults'}" for name, preset in CASES]
+each_case = pytest.mark.parametrize("method", RESOLVED, ids=IDS)
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def count_of(method, wanted=3):
+    fewest, most = method.n_inputs
+    return min(max(fewest, wanted), most or wanted)
+
+
+def draw(method, m, seed=0):
+    """Inputs [n, m], weights [n] and uniform numbers [n, m]."""
+    generator = torch.Generator().manual_seed(seed)
+    n = count_of(method.method)
+    inputs = torch.randn(n, m, generator=generator)
+    weights = 0.2 + torch.rand(n, generator=generator, dtype=torch.float64)
+    return inputs, weights, torch.rand(n, m, generator=generator)
+
+
+def call(method, inputs, weights, uniforms):
+    return method(inputs, weights, None, uniforms)
+
+
+@each_case
+def test_shape_and_dtype_are_kept(method):
+    merged = call(method, *draw(method, 1000))
+    assert merged.shape == (1000,)
+    assert merged.dtype == torch.float32
+
+
+@each_case
+def test_the_result_depends_on_the_inputs(method):
+    assert not torch.equal(call(method, *draw(method, 1000)), call(method, *draw(method, 1000, seed=1)))
+
+
+@each_case
+def test_inputs_are_not_changed(method):
+    given = draw(method, 1000)
+    copies = [tensor.clone() for tensor in given]
+    call(method, *given)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
+
+
+@each_case
+def test_nothing_to_merge_gives_nothing(method):
+    inputs, weights, uniforms = draw(method, 1000)
+    if method.method.space == "delta":
+        assert torch.equal(call(method, inputs * 0, weights, uniforms), torch.zeros(1000))
+    else:
+        same = inputs[:1].expand_as(inputs)
+        assert torch.allclose(call(method, same, weights, uniforms), inputs[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m for m in RESOLVED if m.method.identity_at_one and m.params.get("lambda", 1) == 1],
+    ids=lambda method: method.method.name,
+)
+def test_one_expert_of_weight_one_comes_back(method):
+    expert = torch.randn(1, 1000, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(call(method, expert, torch.ones(1, dtype=torch.float64), torch.zeros(1, 1000)), expert[0])
+
+
+@each_case
+def test_the_order_of_experts_matters_as_declared(method):
+    inputs, weights, uniforms = draw(method, 1000)
+    turned = [tensor.flip(0) for tensor in (inputs, weights, uniforms)]
+    same = torch.allclose(call(method, inputs, weights, uniforms), call(method, *turned), rtol=1e-5, atol=1e-6)
+    # slerp at t = 0.5 is symmetric by chance, so only the promise of symmetry can be checked.
+    assert same or not method.method.symmetric
+
+
+@each_case
+def test_weights_matter_as_declared(method):
+    inputs, weights, uniforms = draw(method, 1000)
+    other = weights * torch.linspace(0.5, 2.0, len(weights), dtype=torch.float64)
+    same = torch.equal(call(method, inputs, weights, uniforms), call(method, inputs, other, uniforms))
+    assert same != method.method.uses_weights
+
+
+@each_case
+@pytest.mark.parametrize("m", [0, 1])
+def test_tiny_inputs_give_finite_results(method, m):
+    merged = call(method, *draw(method, m))
+    assert merged.shape == (m,)
+    assert torch.isfinite(merged).all()
+
+
+@each_case
+def test_only_random_methods_look_at_random_numbers(method):
+    inputs, weights, uniforms = draw(method, 1000)
+    if method.method.random and method.params["density"] < 1:
+        none_kept = call(method, inputs, weights, torch.full_like(uniforms, 1 - 2**-24))
+        assert torch.count_nonzero(none_kept) == 0
+    else:
+        assert torch.equal(call(method, inputs, weights, 1 - uniforms), call(method, inputs, weights, uniforms))
+
+
+@each_method
+def test_file_function_and_registered_name_are_one(method):
+    assert METHODS[method.name] is method
+    assert method.function.__name__ == method.name
+    assert method.function.__module__ == f"mediator_cli.methods.{method.name}"
+
+
+def test_every_file_registers_one_method():
+    files = [m.name for m in iter_modules(package.__path__) if not m.name.startswith("_") and m.name != "registry"]
+    assert sorted(files) == sorted(METHODS)
+
+
+@each_method
+def test_every_method_has_a_doctest_a_summary_and_a_reference(method):
+    found = doctest.DocTestFinder().find(method.function, module=import_module(method.function.__module__))
+    assert found[0].examples
+    assert 10 < len(method.summary) < 100
+    assert method.reference.startswith("https://")
+
+
+@each_method
+def test_every_parameter_has_a_description_and_a_default(method):
+    for name, field in method.schema.model_fields.items():
+        assert field.description, name
+        assert not field.is_required(), name
+
+
+@each_method
+def test_presets_name_real_parameters_and_have_valid_values(method):
+    for preset, values in method.presets.items():
+        found = resolve_method(method.name, preset, {}, str)
+        assert isinstance(found, ResolvedMethod)
+        assert {name: found.params[name] for name in values} == dict(values)
+
+
+@each_method
+def test_parameters_of_a_recipe_win_over_the_preset(method):
+    for preset, values in method.presets.items():
+        if "lambda" in values:
+            assert resolve_method(method.name, preset, {"lambda": 0.125}, str).params["lambda"] == 0.125
+
+
+def test_an_unknown_method_preset_and_parameter_are_named():
+    assert "did you mean 'ties'" in str(resolve_method("tise", None, {}, str)[0])
+    assert "no preset 'mergekitt'" in str(resolve_method("ties", "mergekitt", {}, str)[0])
+    assert "did you mean 'density'" in str(resolve_method("ties", None, {"desnity": 0.2}, str)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("ties", {"density": 0.0}),
+        ("ties", {"density": 1.5}),
+        ("ties", {"density": "0.2"}),
+        ("ties", {"merge": "median"}),
+        ("ties", {"lambda": float("nan")}),
+        ("slerp", {"t": -0.1}),
+        ("linear", {"normalize": 1}),
+        ("dare_linear", {"density": float("nan")}),
+    ],
+)
+def test_a_parameter_out_of_bounds_is_refused(name, params):
+    (problem,) = resolve_method(name, None, params, lambda field: f"here {field}")
+    assert problem.place == f"here {next(iter(params))}"

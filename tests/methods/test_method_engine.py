@@ -1,0 +1,181 @@
+"""Every registered method through the streaming engine: any slab, any thread count, any shape."""
+
+import json
+from types import SimpleNamespace
+from typing import Annotated
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from pydantic import Field
+from safetensors.torch import load_file
+
+from mediator_cli import MediatorError, Settings, load_recipe, make_plan, merge, merge_method
+from mediator_cli.engine.streams import Piece, uniform_slab
+from mediator_cli.methods import registry
+from mediator_cli.methods.registry import methods, resolve_method
+
+BLOCK = 65536
+SIZE = 200_000
+BIG = "model.layers.0.big.weight"
+METHODS = methods()
+CASES = [(name, preset) for name, method in METHODS.items() for preset in (None, *method.presets)]
+each_case = pytest.mark.parametrize("case", CASES, ids=[f"{name}-{preset or 'defaults'}" for name, preset in CASES])
+
+
+def spec(case):
+    name, preset = case
+    average = {"method": name} | ({"preset": preset} if preset else {})
+    # Presets that drop nothing would not show whether random numbers depend on slabs.
+    return average | ({"density": 0.5} if METHODS[name].random else {})
+
+
+def draw(shapes, n, seed=0):
+    """A base and n experts near it."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    experts = [
+        {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+        for _ in range(n)
+    ]
+    return base, experts
+
+
+def make_bench(folder, shapes, n):
+    """Write a base and n experts."""
+    base, experts = draw(shapes, n)
+    write_checkpoint(folder / "base", base, {"num_hidden_layers": 1})
+    for index, expert in enumerate(experts):
+        write_checkpoint(folder / f"e{index}", expert, {"num_hidden_layers": 1})
+    return SimpleNamespace(folder=folder, n=n, base=base, experts=experts)
+
+
+def run(bench, average, seed=0, **settings):
+    """Merge the bench's experts; the merged tensors."""
+    weights = [1.0, 0.5, 0.25][: bench.n]
+    experts = [{"name": f"e{i}", "model": f"./e{i}", "weight": w} for i, w in enumerate(weights)]
+    recipe = {"version": 1, "base": "./base", "experts": experts, "assign": {"rule": "none"}, "seed": seed}
+    file = bench.folder / "recipe.yaml"
+    file.write_text(json.dumps(recipe | {"average": average}))
+    how = Settings(overwrite=True, **{"workers": 1, **settings})
+    folder = merge(make_plan(load_recipe(file)), bench.folder / "out", settings=how)
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Three experts, and two for methods that take two, of more than three blocks."""
+    return {n: make_bench(tmp_path_factory.mktemp(f"big{n}"), {BIG: (SIZE,)}, n) for n in (2, 3)}
+
+
+def bench_for(case, benches):
+    most = METHODS[case[0]].n_inputs[1]
+    return benches[min(3, most or 3)]
+
+
+@each_case
+def test_slabs_and_threads_change_no_bit(case, big):
+    bench = bench_for(case, big)
+    one = run(bench, spec(case), slab=4 * BLOCK)[BIG]
+    many = run(bench, spec(case), slab=BLOCK, workers=3)[BIG]
+    assert torch.equal(one.view(torch.int32), many.view(torch.int32))
+
+
+@each_case
+def test_streaming_equals_one_direct_call(case, big):
+    bench = bench_for(case, big)
+    average = spec(case)
+    params = {key: value for key, value in average.items() if key not in ("method", "preset")}
+    method = resolve_method(case[0], case[1], params, str)
+    is_delta = method.method.space == "delta"
+    inputs = torch.stack([e[BIG] - bench.base[BIG] if is_delta else e[BIG] for e in bench.experts])
+    uniforms = torch.stack([uniform_slab(7, f"e{i}", Piece(BIG, 0, SIZE)) for i in range(bench.n)])
+    weights = torch.tensor([1.0, 0.5, 0.25][: bench.n], dtype=torch.float64)
+    expected = method(inputs, weights, None, uniforms) + (bench.base[BIG] if is_delta else 0)
+    assert torch.allclose(run(bench, average, seed=7)[BIG], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.random])
+def test_the_seed_alone_chooses_the_random_numbers(name, big):
+    average = {"method": name, "density": 0.5}
+    first, again, other = (run(big[3], average, seed=seed)[BIG] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.random])
+def test_the_seed_changes_nothing_where_nothing_is_random(name, big):
+    bench = bench_for((name, None), big)
+    assert torch.equal(run(bench, {"method": name}, seed=1)[BIG], run(bench, {"method": name}, seed=2)[BIG])
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Tensors of unusual shapes: 0-d, one element, empty, 3-D."""
+    shapes = {
+        "model.layers.0.scalar": (),
+        "model.layers.0.one": (1,),
+        "model.layers.0.empty": (0, 4),
+        "model.layers.0.nothing": (0,),
+        "model.layers.0.cube": (2, 3, 5),
+    }
+    return {n: make_bench(tmp_path_factory.mktemp(f"odd{n}"), shapes, n) for n in (2, 3)}
+
+
+@each_case
+def test_odd_shapes_go_through_the_engine(case, odd):
+    bench = bench_for(case, odd)
+    merged = run(bench, spec(case))
+    assert {name: tensor.shape for name, tensor in merged.items()} == {n: t.shape for n, t in bench.base.items()}
+    assert all(torch.isfinite(tensor).all() for tensor in merged.values())
+
+
+def test_a_0d_tensor_is_averaged_by_value(odd):
+    merged = run(odd[3], {"method": "linear"})["model.layers.0.scalar"]
+    values = [expert["model.layers.0.scalar"].item() for expert in odd[3].experts]
+    assert merged.item() == pytest.approx((values[0] + 0.5 * values[1] + 0.25 * values[2]) / 1.75, rel=1e-6)
+
+
+@each_case
+def test_experts_equal_to_the_base_give_the_base(case, tmp_path):
+    bench = make_bench(tmp_path, {BIG: (50,)}, 2)
+    for index in range(2):
+        write_checkpoint(tmp_path / f"e{index}", bench.base, {"num_hidden_layers": 1})
+    merged = run(bench, spec(case))[BIG]
+    assert torch.allclose(merged, bench.base[BIG], rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def third_party(monkeypatch):
+    """A method of another package, found through its entry point."""
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+
+    def load():
+        @merge_method(space="delta", reference="https://example.org")
+        def first_wins(
+            deltas, weights, *, factor: Annotated[float, Field(gt=0, description="Factor on the delta.")] = 2.0
+        ):
+            """Take the first expert's delta, scaled."""
+            return deltas[0] * factor
+
+    points = [SimpleNamespace(load=load)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "mediator_cli.methods" else [])
+
+
+@pytest.mark.usefixtures("third_party")
+def test_a_method_of_another_package_merges(tmp_path):
+    bench = make_bench(tmp_path, {BIG: (50,)}, 2)
+    merged = run(bench, {"method": "first_wins", "factor": 0.5})[BIG]
+    assert torch.equal(merged, bench.base[BIG] + (bench.experts[0][BIG] - bench.base[BIG]) * 0.5)
+
+
+@pytest.mark.usefixtures("third_party")
+def test_parameters_of_a_method_of_another_package_are_checked(tmp_path):
+    bench = make_bench(tmp_path, {BIG: (50,)}, 2)
+    with pytest.raises(MediatorError, match=r"average\.factor.*greater than 0"):
+        run(bench, {"method": "first_wins", "factor": -1.0})
+
+
+def test_a_method_of_another_package_is_unknown_without_its_entry_point(tmp_path):
+    with pytest.raises(MediatorError, match="unknown merge method 'first_wins'"):
+        run(make_bench(tmp_path, {BIG: (50,)}, 2), {"method": "first_wins"})
