@@ -48,6 +48,8 @@ def publish(target: Path, overwrite: bool) -> Iterator[Path]:
         raise write_error(building, error) from None
     is_published = False
     try:
+        _recover(target)
+        check_output(target, overwrite)
         yield building
         _sync_tree(building)
         _swap(building, target)
@@ -91,9 +93,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _old(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _recover(target: Path) -> None:
+    """Put back the bundle that a merge had moved aside when it was killed between its two renames."""
+    if _old(target).is_dir() and not target.exists():
+        _old(target).rename(target)
+
+
 def _swap(building: Path, target: Path) -> None:
     """Rename into place; an old bundle steps aside first and goes only when the new one stands."""
-    old = target.parent / f".{target.name}.old"
+    old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)

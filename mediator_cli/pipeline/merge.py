@@ -92,7 +92,7 @@ def merge(
         write_side_files(plan, folder)
         if report is not None:
             (folder / CONFLICTS).write_text(to_json(report), encoding="utf-8")
-        _write_records(plan, folder, Outcome(sources, report, assignment, dense, kept), run)
+        _write_records(plan, folder, Outcome(target.name, sources, report, assignment, dense, kept), run)
     return target
 
 
@@ -220,7 +220,7 @@ def _write_records(plan: Plan, folder: Path, outcome: Outcome, run: Settings) ->
     digests = digest_tensors(outcome.dense, run.workers, advance)
     sparse = [folder / EXPERTS_FOLDER / f"{name}.safetensors" for name in outcome.kept]
     sparse_digests = {file.stem: digest for file, digest in digest_files(sparse, run.workers, lambda n: None).items()}
-    (folder / "README.md").write_text(model_card(plan, outcome, folder), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, outcome), encoding="utf-8")
     weights = {info.file for info in outcome.dense.values()} | set(sparse)
     others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in weights)
     records = tuple(_file_record(folder, file, run) for file in others)

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stages gave: digests of sources, conflict, assignment, dense tensors, what each expert keeps."""
+    """The bundle's title and what the stages gave: source digests, conflict, assignment, tensors, what is kept."""
 
+    title: str
     sources: Mapping[str, tuple[FileRecord, ...]]
     report: ConflictReport | None
     assignment: Mapping[str, Decision]
@@ -179,7 +180,7 @@ def _tensor(info: TensorInfo, digest: str) -> TensorRecord:
     return TensorRecord(file=info.file.name, dtype=info.dtype, shape=info.shape, sha256=digest)
 
 
-def model_card(plan: Plan, outcome: Outcome, folder: Path) -> str:
+def model_card(plan: Plan, outcome: Outcome) -> str:
     """Write the bundle's README: lineage, licences, how it was made and how it is loaded."""
     recipe = plan.loaded.recipe
     routed = [unit for unit, decision in outcome.assignment.items() if decision == "route"]
@@ -193,7 +194,7 @@ def model_card(plan: Plan, outcome: Outcome, folder: Path) -> str:
         "tags: [merge, mediator]",
         "base_model_relation: merge",
         "---",
-        f"# {folder.name.removeprefix('.').removesuffix('.partial')}",
+        f"# {outcome.title}",
         "",
         f"Merged with mediator from {len(plan.experts)} experts of one base.",
         "",
