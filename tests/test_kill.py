@@ -1,7 +1,6 @@
 """A merge that is killed: no bundle appears, an old one stays, and the next merge is as if nothing had happened."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -89,8 +88,17 @@ def test_a_kill_between_the_two_renames_keeps_the_old_bundle_aside(workshop, med
 def test_a_merge_that_fails_after_a_kill_between_the_renames_gives_the_old_bundle_back(workshop, mediator):
     before = all_files(workshop.merge("out"))
     (workshop.folder / "out").rename(workshop.folder / ".out.old")
-    workshop.recipe(average={"method": "task_arithmetic", "lambda": 1e38}, **ALL)
+    workshop.recipe(average={"method": "task_arithmetic", "lambda": 1e9}, output={"dtype": "float16"})
     run = mediator("merge", "recipe.yaml", "-o", "out", "--overwrite")
     assert run.code == 2
     assert all_files(workshop.folder / "out") == before
-    assert os.listdir(workshop.folder).count(".out.old") == 0
+    assert not list(workshop.folder.glob(".out*"))
+
+
+def test_a_merge_without_overwrite_gives_the_old_bundle_back_and_refuses(workshop, mediator):
+    before = all_files(workshop.merge("out"))
+    (workshop.folder / "out").rename(workshop.folder / ".out.old")
+    workshop.recipe(**ALL)
+    run = mediator("merge", "recipe.yaml", "-o", "out")
+    assert (run.code, "or give --overwrite" in run.err) == (2, True)
+    assert all_files(workshop.folder / "out") == before

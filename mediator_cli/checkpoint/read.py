@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 _PRODUCT_ELEMENTS = 1 << 18
 """B·A is computed in row blocks of about this many elements, fixed by the shape, so that slabs cannot change bits."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch.nn.functional import hardshrink
 
 from mediator_cli.methods.registry import Over, Params, Slab
 
@@ -14,7 +15,10 @@ Normalize = Annotated[bool, Field(description="Divide by the sum of the weights.
 KeepChance = Annotated[float, Field(gt=0, le=1, description="Chance of each entry to stay.")]
 TrimDensity = Annotated[float, Field(gt=0, le=1, description="Share of entries that trimming keeps.")]
 TrimOver = Annotated[Over, Field(description="Rank magnitudes over the whole model or per tensor.")]
-Keep = Annotated[Literal["paper", "exact"], Field(description="Entries kept: int(n·d)+1 or max(1, int(n·d)).")]
+Keep = Annotated[
+    Literal["paper", "exact", "dropped"],
+    Field(description="Entries kept of n: int(n·d)+1, max(1, int(n·d)), or n-int(n·(1-d))+1."),
+]
 Merge = Annotated[Literal["mean", "sum", "max"], Field(description="How agreeing entries are merged.")]
 ZeroSign = Annotated[
     Literal["majority", "positive"], Field(description="Sign of an exact tie: the majority's, or plus.")
@@ -56,12 +60,18 @@ def kth_magnitudes(tensors: torch.Tensor, k: int) -> torch.Tensor:
 def trim_count(params: Params, n: int) -> int:
     """Count the entries that trimming keeps of n.
 
-    The official TIES code keeps int(n·density) + 1 (`keep: paper`), mergekit max(1, int(n·density)) (`keep: exact`).
+    Official TIES keeps int(n·density) + 1 (`paper`), mergekit max(1, int(n·density)) (`exact`), MergeLM and MergeLLM
+    round the number of dropped entries instead (`dropped`).
     """
     density = float(params.get("trim_density", params["density"]))
     if density >= 1:
         return n
-    return min(n, int(n * density) + 1) if params["keep"] == "paper" else min(n, max(1, int(n * density)))
+    kept = {
+        "paper": int(n * density) + 1,
+        "exact": max(1, int(n * density)),
+        "dropped": n - int(n * (1 - density)) + 1,
+    }
+    return min(n, kept[params["keep"]])
 
 
 def trims_over(params: Params) -> Over:
@@ -76,8 +86,13 @@ def breaks_ties_by_majority(params: Params) -> bool:
 
 
 def trim_entries(deltas: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Set entries below their row's threshold to zero; entries equal to it all stay."""
-    return torch.where(deltas.abs() >= thresholds[:, None], deltas, 0.0)
+    """Set entries below their row's threshold to zero; entries equal to it all stay.
+
+    hardshrink keeps what lies strictly above, so it gets the float just below; it has no branch on data as where has.
+    """
+    just_below = torch.nextafter(thresholds, torch.tensor(-torch.inf)).tolist()
+    rows = [row if limit < 0 else hardshrink(row, limit) for row, limit in zip(deltas, just_below, strict=True)]
+    return torch.stack(rows)
 
 
 def elect_signs(weighted: torch.Tensor, zero_sign: torch.Tensor | float) -> torch.Tensor:
@@ -91,20 +106,21 @@ def agreeing_merge(weighted: torch.Tensor, weights: torch.Tensor, signs: torch.T
 
     mean divides by the weights of the agreeing models, sum does not, max takes the largest magnitude.
     """
-    agrees = torch.where(signs > 0, weighted > 0, weighted < 0)
-    kept = torch.where(agrees, weighted, 0.0)
+    direction = torch.where(signs > 0, 1.0, -1.0)
+    # Magnitudes of the entries whose sign is the elected one; sums of magnitudes round like sums of signed values.
+    agreeing = (weighted * direction).clamp(0.0, torch.inf)
     if merge == "max":
-        return kept.abs().amax(dim=0) * signs
-    total = ordered_sum(kept)
+        return agreeing.amax(dim=0) * signs
+    total = ordered_sum(agreeing) * direction
     if merge == "sum":
         return total
-    mass = weighted_sum(agrees.float(), weights)
+    mass = weighted_sum(agreeing.sign(), weights)
     return total / torch.where(mass == 0, 1.0, mass)
 
 
 def drop(deltas: torch.Tensor, uniforms: torch.Tensor, density: float) -> torch.Tensor:
     """Keep each entry with probability `density`: where its uniform number lies below it."""
-    return torch.where(uniforms < density, deltas, 0.0)
+    return deltas * (uniforms < density).float()
 
 
 def l1_block(slab: Slab) -> torch.Tensor:

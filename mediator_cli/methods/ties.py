@@ -38,7 +38,8 @@ def _majority(slab: Slab) -> torch.Tensor:
     presets={
         "mergekit": {"density": 1.0, "trim": "tensor", "keep": "exact", "zero_sign": "positive"},
         "fusion_bench": {"lambda": 0.3, "merge": "sum"},
-        "mergellm": {"trim": "tensor"},
+        "mergelm": {"keep": "dropped"},
+        "mergellm": {"trim": "tensor", "keep": "dropped"},
     },
 )
 def ties(

@@ -89,7 +89,7 @@ def write_sparse(file, delta, codec, scale=1.0):
     with file.open("wb") as stream:
         writer = start_sparse_file(file, stream, "a", ["w"])
         stored = encode_values(delta[positions], codec, scale)
-        n_kept = writer.append([stored[:3], stored[3:]], "w.values", stored.dtype)
+        writer.append([stored[:3], stored[3:]], "w.values", stored.dtype)
         writer.append([encode_gaps(positions, 0)], "w.gaps", torch.uint8, 255)
         spec = SparseTensor(shape=(len(delta),), n_kept=len(positions), index="gaps", values=codec, scale=scale)
         writer.tensors["w"] = spec

@@ -9,6 +9,7 @@ from conftest import write_checkpoint
 from safetensors.torch import load_file
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
+from mediator_cli.methods._ops import trim_count
 from mediator_cli.methods.registry import methods, resolve_method
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -34,7 +35,7 @@ AVERAGE = {
     "ties_sum_official": {"merge": "sum"},
     "ties_max_official": {"merge": "max"},
     "ties_sum_fusionbench_default": {"preset": "fusion_bench"},
-    "ties_mergelm": {},
+    "ties_mergelm": {"preset": "mergelm"},
     "ties_mergellm": {"preset": "mergellm", "lambda": 0.5},
     "dare_linear_mergekit": {"preset": "mergekit", "density": 0.5, "lambda": 0.7},
     "dare_linear_norescale_mergekit": {"preset": "mergekit", "density": 0.5, "lambda": 0.7, "rescale": "none"},
@@ -45,11 +46,8 @@ AVERAGE = {
 }
 
 
-def average_of(case, name):
-    # MergeLLM rounds the number of dropped entries, not of kept ones: of 24 it keeps 6 where int(n·d)+1 gives 5,
-    # which no single density expresses for all tensors.
-    special = {"density": 0.22} if case["id"] == "ties_mergellm" and name == NORM else {}
-    return {"method": case["method"], **AVERAGE[case["id"]], **special}
+def average_of(case):
+    return {"method": case["method"], **AVERAGE[case["id"]]}
 
 
 def resolved(average):
@@ -84,7 +82,7 @@ def n_outside(case, merged):
 
 def call(case, names):
     """Call the method on the named tensors, concatenated to one vector."""
-    average = average_of(case, names[0])
+    average = average_of(case)
     method = resolved(average)
     inputs = torch.stack([torch.cat([INPUTS[f"{m}.{n}"].flatten() for n in names]) for m in case["models"]])
     base = torch.cat([INPUTS[f"base.{n}"].flatten() for n in names])
@@ -97,7 +95,7 @@ def call(case, names):
 
 
 def is_over_model(case):
-    return resolved(average_of(case, NAMES[0])).params.get("trim") == "model"
+    return resolved(average_of(case)).params.get("trim") == "model"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -132,11 +130,9 @@ def write_recipe(file, case):
             {"name": m, "model": f"./{m}", "weight": w} for m, w in zip(case["models"], weights_of(case), strict=True)
         ],
         "assign": {"rule": "none"},
-        "average": average_of(case, NAMES[0]),
+        "average": average_of(case),
         "output": {"dtype": "float32"},
     }
-    if average_of(case, NORM) != recipe["average"]:
-        recipe["overrides"] = [{"match": NORM, "average": average_of(case, NORM)}]
     file.write_text(json.dumps(recipe))
     return file
 
@@ -172,9 +168,5 @@ def test_one_entry_too_many_is_outside_the_tolerance(monkeypatch):
 
 
 def test_mergellm_keeps_one_entry_more_of_a_small_tensor():
-    case = CASES["ties_mergellm"]
-    method = resolved({"method": "ties", **AVERAGE[case["id"]]})
-    deltas = torch.stack([INPUTS[f"{m}.{NORM}"] - INPUTS[f"base.{NORM}"] for m in case["models"]])
-    merged = method(deltas, torch.ones(4, dtype=torch.float64)) + INPUTS[f"base.{NORM}"]
-    wrong = ~torch.isclose(merged, stored(case)[f"out.{NORM}"], **case["tolerance"])
-    assert 1 <= int(wrong.sum()) <= len(case["models"])
+    params = {"density": 0.2, "keep": "dropped"}
+    assert (trim_count(params, 24), trim_count({**params, "keep": "paper"}, 24)) == (6, 5)
