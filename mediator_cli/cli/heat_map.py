@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.output import print_table, say
+from mediator_cli.cli.output import console, print_table, say
 from mediator_cli.errors import OutputError, Problem
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mediator_cli.pipeline.conflicts import Preview
 
 _FORMATS = (".png", ".svg")
+_WIDE = 110
 # From agreement to conflict, dark to light text kept readable on each.
 _SHADES = ((0.0, "#f7fbff"), (0.1, "#d2e3f3"), (0.2, "#9ac8e0"), (0.3, "#fdd49e"), (0.4, "#fc8d59"), (0.5, "#d7301f"))
 
@@ -63,18 +64,37 @@ def _short(kind: str) -> str:
     return kind
 
 
+def _shown_beside() -> tuple[str, ...]:
+    """Name the other scores that are shown: none on a narrow terminal."""
+    return ("any", "cosine", "overlap") if console().width >= _WIDE else ()
+
+
+def _beside(preview: Preview) -> list[tuple[str, ...]]:
+    if not _shown_beside():
+        return [() for _ in preview.all_scores]
+    return [
+        ("", "", "") if s is None else (f"{100 * s.any_sign:.1f}", f"{100 * s.cosine:.1f}", f"{100 * s.overlap:.1f}")
+        for s in preview.all_scores
+    ]
+
+
 def print_heat_map(report: ConflictReport, preview: Preview) -> None:
     """Print conflict by layer and module kind in percent, then the assignment that the recipe gives."""
     table = preview.table
     rows: list[tuple[str | Text, ...]] = [
-        (row, *(_cell(value) for value in values), _cell(score), decision)
-        for row, values, score, decision in zip(
-            table.rows, table.values, preview.scores, preview.decisions, strict=True
+        (row, *(_cell(value) for value in values), "" if score is None else f"{100 * score:.1f}", *beside, decision)
+        for row, values, score, beside, decision in zip(
+            table.rows, table.values, preview.scores, _beside(preview), preview.decisions, strict=True
         )
     ]
     say(f"conflict ({preview.measure}, in %) between {', '.join(report.experts)}; denoise {report.denoise}")
-    print_table(("layer", *(f"{_short(kind)}#" for kind in table.columns), "score#", "assignment"), rows)
+    columns = [f"{_short(kind)}#" for kind in table.columns]
+    print_table(("layer", *columns, "score#", *(f"{name}#" for name in _shown_beside()), "assignment"), rows)
     say("0 = all signs agree, 50 = signs are as in independent random deltas")
+    if _shown_beside():
+        say(
+            "any: entries where any two disagree; cosine: of the raw deltas; overlap: entries that both changed, of either"
+        )
 
 
 def draw_heat_map(file: Path, report: ConflictReport, preview: Preview) -> None:

@@ -42,6 +42,7 @@ def _print(report: PlanReport) -> None:
     rows = [
         ("layers", f"{report.n_layers} ({report.n_units} units, {report.n_tensors} tensors)"),
         ("assignment", report.assignment),
+        ("settings", "; ".join(f"{what} from {who}" for what, who in report.settings_from.items())),
         ("read", f"{human_bytes(sum(report.read_bytes.values()))}: " + _stages(report.read_bytes)),
         ("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts"),
         ("peak memory", f"about {human_bytes(report.peak_memory)} with {report.workers} workers"),

@@ -173,6 +173,7 @@ class Preview:
     measure: str
     table: HeatTable
     scores: tuple[float | None, ...]
+    all_scores: tuple[UnitScores | None, ...]
     decisions: tuple[str, ...]
 
 
@@ -207,7 +208,8 @@ def preview_assignment(plan: Plan, report: ConflictReport) -> Preview:
         routed = sum(decided[unit] == "route" for unit in inside)
         whole = "route" if routed else "average"
         decisions.append(whole if len(inside) == 1 else f"route {routed} of {len(inside)} units")
-    return Preview(measure, table, tuple(scores.get(row) for row in table.rows), tuple(decisions))
+    every = tuple(report.units.get(row) for row in table.rows)
+    return Preview(measure, table, tuple(scores.get(row) for row in table.rows), every, tuple(decisions))
 
 
 def _counts(record: TensorConflict) -> ConflictCounts:

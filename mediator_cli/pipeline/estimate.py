@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.bundle.sparse import index_codec
+from mediator_cli.bundle.sparse_file import reserve_bytes
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import make_budget, peak_bytes
 from mediator_cli.pipeline.conflicts import conflict_passes
@@ -48,6 +49,7 @@ class PlanReport(BaseModel):
     n_units: int
     n_tensors: int
     assignment: str
+    settings_from: dict[str, str]
     read_bytes: dict[str, int]
     dense_bytes: int
     sparse_bytes: tuple[int, int]
@@ -69,6 +71,7 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
         n_units=len(plan.units),
         n_tensors=len(plan.tensors),
         assignment=_assignment(plan),
+        settings_from=_winners(plan),
         read_bytes=_reads(plan),
         dense_bytes=dense_bytes(plan),
         sparse_bytes=_sparse_range(plan),
@@ -82,6 +85,19 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
         ),
         notices=plan.notices,
     )
+
+
+def _winners(plan: Plan) -> dict[str, str]:
+    """Say whose settings the bundle gets, whether the sources differ in them or not."""
+    name = plan.loaded.recipe.tokenizer.removeprefix("expert:")
+    lora = {expert.name for expert in plan.experts if expert.kind == "lora"}
+    # An adapter's folder may bring a tokenizer, but neither config nor generation config.
+    other = "base" if name in lora else name
+    return {
+        "config, rope": "base",
+        "tokenizer, chat template": name,
+        "generation config, eos and other token ids": other,
+    }
 
 
 def _assignment(plan: Plan) -> str:
@@ -134,7 +150,8 @@ def _routed_share(plan: Plan) -> tuple[float, float]:
 
 def _sparse_range(plan: Plan) -> tuple[int, int]:
     low, high = _routed_share(plan)
-    everything = sum(_sparse_bytes(tensor) for tensor in plan.tensors) * len(plan.experts)
+    header = reserve_bytes(tensor.name for tensor in plan.tensors)
+    everything = (header + sum(_sparse_bytes(tensor) for tensor in plan.tensors)) * len(plan.experts)
     return int(low * everything), int(high * everything)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.adapter import Adapter
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
-from mediator_cli.checkpoint.layout import place_of, unit_of
+from mediator_cli.checkpoint.layout import in_layer_order, place_of, unit_of
 from mediator_cli.checkpoint.source import side_files, weight_files
 from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_mean
 from mediator_cli.methods.registry import ResolvedMethod, resolve_method
@@ -112,7 +112,7 @@ def _assemble(
     tensors = tuple(_tensor_plan(loaded, base, name, methods) for name in base.tensors)
     folder = tokenizer_folder(loaded, base, experts) or base.path
     folders = {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
-    units = tuple(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
+    units = in_layer_order(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
     patterns = loaded.recipe.assign.units or ()
     return Plan(
         loaded=loaded,

@@ -207,9 +207,10 @@ def larger(workshop):
     return workshop
 
 
-@pytest.mark.parametrize("dtype", ["base", "float32"])
-@pytest.mark.parametrize("values", ["bf16", "fp32", "fp16", "int8", "sign"])
-@pytest.mark.parametrize("density", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "values"), [("base", "bf16"), ("float32", "fp32"), ("base", "int8"), ("base", "sign")]
+)
+@pytest.mark.parametrize("density", [0.05, 0.5])
 def test_planned_sizes_come_true(larger, dtype, values, density):
     fields = {"assign": {"rule": "all"}, "extract": {"density": density, "values": values}, "output": {"dtype": dtype}}
     report = describe_plan(plan_of(larger, **fields), None, Settings(workers=1))

@@ -161,7 +161,7 @@ def test_a_new_method_drops_what_belonged_to_the_old_one(load):
         ("denoise", "denois", "conflict.denois", "did you mean 'denoise'?"),
         ("top_fraction", "fraction", "conflict.denoise.fraction", "did you mean 'top_fraction'?"),
         ("extract", "extrat", "overrides[0].extrat", "did you mean 'extract'?"),
-        ("density", "sparsity", "overrides[0].extract.sparsity", "did you mean 'density'?"),
+        ("density", "desnity", "overrides[0].extract.desnity", "did you mean 'density'?"),
         ("density", "zzz", "overrides[0].extract.zzz", "known: density, select, rescale, values"),
     ],
 )
