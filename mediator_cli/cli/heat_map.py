@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mediator_cli.pipeline.conflicts import Preview
 
 _FORMATS = (".png", ".svg")
-_WIDE = 110
+_WIDE = 120
 # From agreement to conflict, dark to light text kept readable on each.
 _SHADES = ((0.0, "#f7fbff"), (0.1, "#d2e3f3"), (0.2, "#9ac8e0"), (0.3, "#fdd49e"), (0.4, "#fc8d59"), (0.5, "#d7301f"))
 
@@ -93,7 +93,7 @@ def print_heat_map(report: ConflictReport, preview: Preview) -> None:
     say("0 = all signs agree, 50 = signs are as in independent random deltas")
     if _shown_beside():
         say(
-            "any: entries where any two disagree; cosine: of the raw deltas; overlap: entries that both changed, of either"
+            "any: any two experts disagree; cosine: of raw deltas; overlap: changed by both, of those changed by either"
         )
 
 

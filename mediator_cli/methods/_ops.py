@@ -118,6 +118,17 @@ def agreeing_merge(weighted: torch.Tensor, weights: torch.Tensor, signs: torch.T
     return total / torch.where(mass == 0, 1.0, mass)
 
 
+def elect_and_merge(
+    trimmed: torch.Tensor, weights: torch.Tensor, majority: torch.Tensor | None, merge: Merge, zero_sign: ZeroSign
+) -> torch.Tensor:
+    """Elect one sign for each entry of trimmed deltas [n, m] and merge what agrees with it (TIES after trimming)."""
+    if majority is None and zero_sign == "majority":
+        majority = majority_block(trimmed, weights)
+    weighted = scaled(trimmed, weights)
+    signs = elect_signs(weighted, 1.0 if majority is None else majority.sign())
+    return agreeing_merge(weighted, weights, signs, merge)
+
+
 def drop(deltas: torch.Tensor, uniforms: torch.Tensor, density: float) -> torch.Tensor:
     """Keep each entry with probability `density`: where its uniform number lies below it."""
     return deltas * (uniforms < density).float()

@@ -13,16 +13,14 @@ from mediator_cli.methods._ops import (
     TrimDensity,
     TrimOver,
     ZeroSign,
-    agreeing_merge,
     breaks_ties_by_majority,
     drop_and_rescale,
     dropped,
-    elect_signs,
+    elect_and_merge,
     kth_magnitudes,
     l1_block,
     majority_block,
     needs_l1,
-    scaled,
     trim_count,
     trim_entries,
     trims_over,
@@ -81,8 +79,4 @@ def dare_ties(
     if thresholds is None:
         thresholds = kth_magnitudes(kept, trim_count({"density": trim_density, "keep": keep}, deltas.shape[1]))
     trimmed = trim_entries(kept, thresholds)
-    if majority is None and zero_sign == "majority":
-        majority = majority_block(trimmed, weights)
-    weighted = scaled(trimmed, weights)
-    signs = elect_signs(weighted, 1.0 if majority is None else majority.sign())
-    return agreeing_merge(weighted, weights, signs, merge) * lambda_
+    return elect_and_merge(trimmed, weights, majority, merge, zero_sign) * lambda_

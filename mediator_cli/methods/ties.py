@@ -11,12 +11,10 @@ from mediator_cli.methods._ops import (
     TrimDensity,
     TrimOver,
     ZeroSign,
-    agreeing_merge,
     breaks_ties_by_majority,
-    elect_signs,
+    elect_and_merge,
     kth_magnitudes,
     majority_block,
-    scaled,
     trim_count,
     trim_entries,
     trims_over,
@@ -67,8 +65,4 @@ def ties(
     if thresholds is None:
         thresholds = kth_magnitudes(deltas, trim_count({"density": density, "keep": keep}, deltas.shape[1]))
     trimmed = trim_entries(deltas, thresholds)
-    if majority is None and zero_sign == "majority":
-        majority = majority_block(trimmed, weights)
-    weighted = scaled(trimmed, weights)
-    signs = elect_signs(weighted, 1.0 if majority is None else majority.sign())
-    return agreeing_merge(weighted, weights, signs, merge) * lambda_
+    return elect_and_merge(trimmed, weights, majority, merge, zero_sign) * lambda_
