@@ -1,7 +1,7 @@
 """Merge fine-tuned language models: average the layers that agree, route the layers that fight.
 
->>> from mediator_cli import load_recipe, make_plan, merge  # doctest: +SKIP
->>> merge(make_plan(load_recipe(Path("recipe.yaml"))))  # doctest: +SKIP
+The whole of it in one line: `merge(make_plan(load_recipe(Path("recipe.yaml"))))`. Names load on first use, so that
+importing the package costs nothing.
 """
 
 from __future__ import annotations

@@ -65,17 +65,13 @@ def layers_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=_stack_and_number))
 
 
-def in_layer_order(units: Iterable[str]) -> tuple[str, ...]:
-    """Put units that belong to layers in the order of their numbers, leaving the others where they stand.
+def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key that puts layer 2 before layer 10, so that order does not depend on how files are sharded.
 
-    >>> in_layer_order(["embed", "layers.0", "layers.10", "layers.2", "norm"])
-    ('embed', 'layers.0', 'layers.2', 'layers.10', 'norm')
+    >>> sorted(["layers.10.w", "layers.2.w", "embed"], key=natural_key)
+    ['embed', 'layers.2.w', 'layers.10.w']
     """
-    listed = list(units)
-    # A layer's own name has no part behind its number, so ask as if for a tensor of it.
-    layers = {unit: layer for unit in listed if (layer := place_of(f"{unit}.weight").layer) is not None}
-    ordered = iter(sorted(layers, key=lambda unit: _stack_and_number(layers[unit])))
-    return tuple(next(ordered) if unit in layers else unit for unit in listed)
+    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))
 
 
 def _stack_and_number(layer: str) -> tuple[str, int]:

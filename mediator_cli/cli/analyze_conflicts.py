@@ -28,9 +28,9 @@ def analyze_conflicts(
     from mediator_cli.pipeline.conflicts import preview_assignment
     from mediator_cli.pipeline.merge import analyze_conflicts as measure
     from mediator_cli.plan.make import make_plan
-    from mediator_cli.recipe.load import load_recipe
+    from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_recipe(recipe, changes or ()))
+    made = make_plan(load_partly(recipe, changes or ()))
     check_plot(plot)
     print_notices(() if quiet else made.notices)
     with shown_progress(quiet) as progress:

@@ -61,9 +61,6 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
     except Exception:  # noqa: BLE001 - the last frame: say whose fault it is, keep the traceback
         import traceback
 

@@ -36,9 +36,9 @@ def merge(
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.merge import merge as carry_out
     from mediator_cli.plan.make import make_plan
-    from mediator_cli.recipe.load import load_recipe
+    from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_recipe(recipe, changes or ()))
+    made = make_plan(load_partly(recipe, changes or ()))
     print_notices(() if quiet else made.notices)
     started = time.monotonic()
     with shown_progress(quiet) as progress:

@@ -26,9 +26,9 @@ def plan(
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
     from mediator_cli.plan.make import make_plan
-    from mediator_cli.recipe.load import load_recipe
+    from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_recipe(recipe, changes or ()))
+    made = make_plan(load_partly(recipe, changes or ()))
     report = describe_plan(made, output, settings(memory, workers))
     if as_json:
         print_json(report.model_dump(mode="json"))

@@ -12,10 +12,10 @@ def validate(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOpt
     """Check a recipe and its checkpoints: every problem at once, from headers and configs alone."""
     from mediator_cli.errors import MediatorError
     from mediator_cli.plan.make import make_plan
-    from mediator_cli.recipe.load import load_recipe
+    from mediator_cli.recipe.load import load_partly
 
     try:
-        plan = make_plan(load_recipe(recipe, changes or ()))
+        plan = make_plan(load_partly(recipe, changes or ()))
     except MediatorError as error:
         if not as_json:
             raise

@@ -100,7 +100,12 @@ def make_manifest(
 def _recipe_record(plan: Plan) -> RecipeRecord:
     text = plan.loaded.text
     digest = hashlib.sha256("\0".join([text, *plan.loaded.changes]).encode()).hexdigest()
-    return RecipeRecord(name=plan.loaded.path.name, text=text, sha256=digest, changes=plan.loaded.changes)
+    return RecipeRecord(name=_text(plan.loaded.path.name), text=text, sha256=digest, changes=plan.loaded.changes)
+
+
+def _text(name: str) -> str:
+    """Write a file name that may not be valid UTF-8 as text."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _source(plan: Plan, outcome: Outcome, name: str, path: str) -> SourceRecord:
@@ -194,7 +199,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         "tags: [merge, mediator]",
         "base_model_relation: merge",
         "---",
-        f"# {outcome.title}",
+        f"# {_text(outcome.title)}",
         "",
         f"Merged with mediator from {len(plan.experts)} experts of one base.",
         "",

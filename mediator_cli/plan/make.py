@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.adapter import Adapter
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
-from mediator_cli.checkpoint.layout import in_layer_order, place_of, unit_of
+from mediator_cli.checkpoint.layout import natural_key, place_of, unit_of
 from mediator_cli.checkpoint.source import side_files, weight_files
 from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_mean
 from mediator_cli.methods.registry import ResolvedMethod, resolve_method
@@ -35,7 +35,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     Raises RecipeError or CheckpointError with every problem found, ordered by line.
     """
     methods, problems = _resolve_methods(loaded)
-    problems += _check_experts(loaded, methods)
+    problems += [*loaded.problems, *_check_experts(loaded, methods)]
     try:
         base = open_base(loaded)
         experts, faults = open_experts(loaded, base)
@@ -109,10 +109,10 @@ def tokenizer_folder(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[E
 def _assemble(
     loaded: LoadedRecipe, base: Checkpoint, experts: tuple[ExpertSource, ...], methods: list[ResolvedMethod]
 ) -> Plan:
-    tensors = tuple(_tensor_plan(loaded, base, name, methods) for name in base.tensors)
+    tensors = tuple(_tensor_plan(loaded, base, name, methods) for name in sorted(base.tensors, key=natural_key))
     folder = tokenizer_folder(loaded, base, experts) or base.path
     folders = {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
-    units = in_layer_order(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
+    units = tuple(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
     patterns = loaded.recipe.assign.units or ()
     return Plan(
         loaded=loaded,
@@ -143,9 +143,14 @@ def _tensor_plan(loaded: LoadedRecipe, base: Checkpoint, name: str, methods: lis
         if override.extract is not None:
             extract = extract.model_copy(update=override.extract.model_dump(exclude_none=True))
     is_float = info.dtype in FLOAT_DTYPES
-    dtype = _OUTPUT_DTYPES.get(loaded.recipe.output.dtype, info.dtype) if is_float else info.dtype
+    dtype = _OUTPUT_DTYPES.get(loaded.recipe.output.dtype, _written(info.dtype)) if is_float else info.dtype
     unit = unit_of(name, loaded.recipe.conflict.unit)
     return TensorPlan(name, unit, info.shape, info.size, dtype, average if is_float else None, _resolved(extract))
+
+
+def _written(dtype: str) -> str:
+    # All arithmetic is in float32, so a float64 tensor would only pretend to be more exact.
+    return "F32" if dtype == "F64" else dtype
 
 
 def _resolved(extract: ExtractSpec) -> ResolvedExtract:
@@ -162,6 +167,8 @@ def _notices(
             yield f"adapter {expert.name} names base '{source.base_name}', the recipe's base is '{loaded.recipe.base}'"
         if expert.kind == "full" and weight_files(expert.tensors) == weight_files(base.tensors):
             yield f"expert {expert.name} is the base itself"
+    if loaded.recipe.output.dtype == "base" and any(info.dtype == "F64" for info in base.tensors.values()):
+        yield "float64 tensors of the base are merged and written in float32"
     if any(not resolved.method.uses_weights for resolved in methods) and len({e.weight for e in experts}) > 1:
         yield "expert weights are ignored by " + ", ".join(m.method.name for m in methods if not m.method.uses_weights)
 

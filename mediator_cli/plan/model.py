@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.checkpoint.adapter import Adapter
-from mediator_cli.checkpoint.layout import in_layer_order, layers_of
+from mediator_cli.checkpoint.layout import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,8 +88,8 @@ class Plan:
 
     @property
     def units(self) -> tuple[str, ...]:
-        """All units of assignment: layers by their number, what stands outside them as in the base's files."""
-        return in_layer_order(dict.fromkeys(tensor.unit for tensor in self.tensors))
+        """All units of assignment, layers by their number."""
+        return tuple(dict.fromkeys(tensor.unit for tensor in self.tensors))
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
+from mediator_cli.recipe.prune import prune
 from mediator_cli.recipe.schema import RULE_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -29,13 +30,17 @@ _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, the text that it came from, and the line of every field in it; 0 for what the command line set."""
+    """A recipe, the text that it came from, and the line of every field in it; 0 for what the command line set.
+
+    With `problems` of form, `recipe` is what is left without the faulty fields: fit to be checked, not to be merged.
+    """
 
     recipe: Recipe
     path: Path
     text: str
     lines: Mapping[FieldPath, int]
     changes: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def place(self, *field: str | int) -> str:
         """Say where a field stands: `recipe.yaml:12 assign.rule`."""
@@ -80,6 +85,17 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
     A change of `assign.rule` or of a `method` drops the fields in the file that the new one does not share.
 
     Raises RecipeError with all problems of form, ordered by line.
+    """
+    loaded = load_partly(path, changes)
+    if loaded.problems:
+        raise RecipeError(loaded.problems)
+    return loaded
+
+
+def load_partly(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe and keep its problems of form where enough is left to check what it means.
+
+    `make_plan` then reports form, meaning and headers together. Raises RecipeError where nothing else can be checked.
     """
     text = _read_text(path)
     node = _compose(path, text)
@@ -228,15 +244,20 @@ def _step_check(target: Any, part: str | int, place: str) -> None:  # noqa: ANN4
 def _validate(
     path: Path, text: str, data: dict[str, Any], lines: dict[FieldPath, int], changes: tuple[str, ...]
 ) -> LoadedRecipe:
+    """Check the form; with faults, go on with what is left of the recipe, so that its meaning can be checked too."""
     try:
-        recipe = Recipe.model_validate(data)
+        return LoadedRecipe(Recipe.model_validate(data), path, text, MappingProxyType(lines), changes)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        # An item that does not validate is left out, and then its list seems too short: say only what is wrong inside.
-        told = [item for item in faults if item["type"] != "too_short" or not item["input"]]
-        found = [_problem(path, lines, item) for item in told]
-        raise RecipeError([problem for _, problem in sorted(found, key=lambda pair: pair[0])]) from None
-    return LoadedRecipe(recipe, path, text, MappingProxyType(lines), changes)
+    # An item that does not validate is left out, and then its list seems too short: say only what is wrong inside.
+    told = [item for item in faults if item["type"] != "too_short" or not item["input"]]
+    found = [_problem(path, lines, item) for item in told]
+    problems = tuple(problem for _, problem in sorted(found, key=lambda pair: pair[0]))
+    try:
+        rest = Recipe.model_validate(prune(data, [tuple(item["loc"]) for item in told]))
+    except ValidationError:
+        raise RecipeError(problems) from None
+    return LoadedRecipe(rest, path, text, MappingProxyType(lines), changes, problems)
 
 
 def _problem(path: Path, lines: dict[FieldPath, int], item: Any) -> tuple[int, Problem]:  # noqa: ANN401 - pydantic's dict
