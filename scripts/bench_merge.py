@@ -2,6 +2,7 @@
 
 Run `make bench`, or `python scripts/bench_merge.py --help`. The checkpoints (5 GB) are random and made once.
 Beside each job stands the floor: reading all inputs and writing one output with `cat` and `cp`, in the same run.
+With `--mergekit PATH/TO/mergekit-yaml`, from an environment of its own, that tool runs the same job in turn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import save_file
@@ -33,6 +35,12 @@ JOBS = {
     "mediator, mean_std": ["average.method=ties"],
     "all routed, density 1": ["assign.rule=all", "extract.density=1.0", "average.method=linear"],
 }
+PEERS = {
+    "linear": {"merge_method": "linear"},
+    "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.25}},
+    "ties (mergekit)": {"merge_method": "ties", "parameters": {"normalize": True}},
+}
+"""What mergekit calls the same job; TIES over the whole model is not among its methods."""
 
 
 @dataclass(frozen=True)
@@ -112,26 +120,56 @@ def write_recipe(work: Path, names: list[str]) -> Path:
     return recipe
 
 
+def run_peer(program: Path, work: Path, names: list[str], job: str) -> Run:
+    """Run mergekit on the same checkpoints, writing bfloat16 as we do."""
+    each = {"weight": 1.0, "density": 0.5} if "ties" in job else {"weight": 1.0}
+    config = {"models": [{"model": str(work / name), "parameters": each} for name in names], "dtype": "bfloat16"}
+    if job != "linear":
+        config["base_model"] = str(work / "base")
+    recipe = work / "mergekit.yaml"
+    recipe.write_text(json.dumps(config | PEERS[job]))
+    options = ["--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+    return run([str(program), str(recipe), str(work / "peer"), *options])
+
+
 def main() -> None:
     """Run every job and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("bench"), help="folder for checkpoints and outputs")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3, help="runs per job; the median counts")
+    parser.add_argument("--mergekit", type=Path, help="path of mergekit-yaml, to run it in turn where it has the job")
     parser.add_argument("--job", choices=list(JOBS), action="append", help="only this job; repeatable")
     arguments = parser.parse_args()
     names = make_checkpoints(arguments.work, arguments.experts)
     recipe = write_recipe(arguments.work, names)
     sys.stdout.write(f"{os.cpu_count()} cores, {arguments.experts} experts of 0.49 B parameters, bf16\n\n")
-    sys.stdout.write("| job | wall s | cpu s | peak MB | wall / floor |\n|---|---|---|---|---|\n")
+    sys.stdout.write("| job | wall s | cpu s | peak MB | wall / floor | mergekit wall s | peak MB | times faster |\n")
+    sys.stdout.write("|" + "---|" * 8 + "\n")
     for job in arguments.job or JOBS:
-        changes = [part for change in JOBS[job] for part in ("--set", change)]
-        command = [sys.executable, "-m", "mediator_cli", "merge", str(recipe), "--overwrite", "--quiet", *changes]
-        pairs = [(run(command), floor(arguments.work, names)) for _ in range(arguments.repeat)]
-        took, least = sorted(pairs, key=lambda pair: pair[0].wall)[len(pairs) // 2]
-        peak = max(pair[0].peak for pair in pairs) / 1e6
-        sys.stdout.write(f"| {job} | {took.wall:.1f} | {took.cpu:.1f} | {peak:.0f} | {took.wall / least.wall:.1f} |\n")
+        sys.stdout.write(measure(arguments, names, recipe, job))
         sys.stdout.flush()
+
+
+def measure(arguments: argparse.Namespace, names: list[str], recipe: Path, job: str) -> str:
+    """Run one job, its floor and its peer in turn; return a row of the table with the medians."""
+    changes = [part for change in JOBS[job] for part in ("--set", change)]
+    command = [sys.executable, "-m", "mediator_cli", "merge", str(recipe), "--overwrite", "--quiet", *changes]
+    ours, floors, peers = [], [], []
+    for _ in range(arguments.repeat):
+        ours.append(run(command))
+        floors.append(floor(arguments.work, names))
+        if arguments.mergekit and job in PEERS:
+            peers.append(run_peer(arguments.mergekit, arguments.work, names, job))
+    wall, cpu = median([r.wall for r in ours]), median([r.cpu for r in ours])
+    cells = [job, f"{wall:.1f}", f"{cpu:.1f}", f"{max(r.peak for r in ours) / 1e6:.0f}"]
+    cells.append(f"{wall / median([r.wall for r in floors]):.1f}")
+    if peers:
+        theirs = median([r.wall for r in peers])
+        cells += [f"{theirs:.1f}", f"{max(r.peak for r in peers) / 1e6:.0f}", f"{theirs / wall:.1f}"]
+    else:
+        cells += [""] * 3
+    return "| " + " | ".join(cells) + " |\n"
 
 
 if __name__ == "__main__":

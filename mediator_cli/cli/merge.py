@@ -70,7 +70,8 @@ def _print(folder: Path, manifest: Manifest, seconds: float) -> None:
 
 
 def _shown(folder: Path) -> str:
-    text = str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+    whole = folder.resolve()
+    text = str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
     return f"'{text}'" if " " in text else text
 
 

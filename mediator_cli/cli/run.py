@@ -19,6 +19,7 @@ def settings(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Settings:
     """Read the options that say how to run; raise OutputError when the memory is not a size."""
+    from mediator_cli.engine.pool import keep_freed_memory
     from mediator_cli.errors import OutputError, Problem
     from mediator_cli.pipeline.merge import Settings
     from mediator_cli.pipeline.progress import silent
@@ -28,4 +29,5 @@ def settings(
         n_bytes = parse_size(memory)
     except ValueError as error:
         raise OutputError(Problem("--memory", str(error), "write for example --memory 2GiB")) from None
+    keep_freed_memory()
     return Settings(overwrite, n_bytes, workers or os.cpu_count() or 1, progress or silent)

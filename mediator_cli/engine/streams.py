@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 16
 """Elements in a fixed block. Sums and random numbers are per block; slabs are whole blocks, so they change nothing."""
 _RUNTIME_BYTES = 400 << 20
-_BLOCKS_PER_SLAB = 4
+_BLOCKS_PER_SLAB = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Piece:
 
 
 def make_budget(n_experts: int, workers: int, memory: int) -> Budget:
-    """Choose the largest slab, up to four blocks, with which all workers fit in `memory` bytes.
+    """Choose the largest slab, up to two blocks, with which all workers fit in `memory` bytes.
 
     Raises OutputError when not even one worker with one block does.
     """
