@@ -108,15 +108,23 @@ def draw_heat_map(file: Path, report: ConflictReport, preview: Preview) -> None:
     values = [[float("nan") if value is None else value for value in row] for row in table.values]
     height = max(3.0, 0.26 * len(table.rows) + 1.6)
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(3.5 + 0.75 * len(table.columns), height), width_ratios=(len(table.columns), 3), sharey=True
+        1,
+        2,
+        figsize=(4.5 + 0.7 * len(table.columns), height),
+        width_ratios=(len(table.columns), 3),
+        sharey=True,
+        layout="constrained",
     )
     picture = left.imshow(values, aspect="auto", cmap="RdYlBu_r", vmin=0, vmax=0.6)
     left.set_xticks(range(len(table.columns)), [_short(kind) for kind in table.columns], rotation=45, ha="right")
     left.set_yticks(range(len(table.rows)), table.rows)
-    colours = ["#d7301f" if decision == "route" else "#9ac8e0" for decision in preview.decisions]
-    right.barh(range(len(table.rows)), [score or 0.0 for score in preview.scores], color=colours)
-    right.set_xlabel("score of the layer\nred: routed")
-    figure.colorbar(picture, ax=right, label=f"conflict ({preview.measure})")
+    figure.colorbar(picture, ax=left, label=f"conflict ({preview.measure})", shrink=0.6)
+    # Points, not bars: layers differ by little, and a bar that does not start at zero misleads.
+    inside = [n for n, row in enumerate(table.values) if any(value is not None for value in row)]
+    colours = ["#d7301f" if preview.decisions[n].startswith("route") else "#4292c6" for n in inside]
+    right.scatter([preview.scores[n] or 0.0 for n in inside], inside, c=colours)
+    right.grid(axis="x", alpha=0.4)
+    right.set_xlabel("score of the layer\nred: routed, blue: averaged")
     figure.suptitle(f"Conflict between {', '.join(report.experts)}")
     figure.savefig(file, bbox_inches="tight", dpi=120)
     plt.close(figure)

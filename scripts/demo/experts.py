@@ -145,6 +145,8 @@ def _train_and_measure(task: str, files: dict[str, Path], model: Path, draft: Pa
     started, busy = time.monotonic(), time.process_time()
     with reporting(console) as report:
         train.train(model, rows, settings, draft, report)
+    # PEFT's model card is an empty form that names the cache's absolute path.
+    (draft / "README.md").unlink(missing_ok=True)
     seconds, cpu_seconds = time.monotonic() - started, time.process_time() - busy
     console.print(f"  measuring base and expert on {TESTED} test rows, about 20 seconds")
     tested = tasks.read_rows(files["test"])[:TESTED]
