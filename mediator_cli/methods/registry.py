@@ -102,7 +102,7 @@ class Method:
     @property
     def summary(self) -> str:
         """The first line of the docstring."""
-        return inspect.getdoc(self.function).split("\n", 1)[0]  # type: ignore[union-attr]
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,10 @@ def summary(experts: dict[str, Path]) -> Table:
         table.add_row(
             task, kind, size, f"{record.accuracy_base:.0%}", f"{record.accuracy_expert:.0%}", clock(record.seconds)
         )
-    table.caption = f"base, expert: exact answers to {TESTED} test rows of the expert's task"
+    table.caption = (
+        f"base, expert: exact answers to {TESTED} test rows of the expert's task. "
+        "The base mostly answers in whole sentences, which count as wrong."
+    )
     return table
 
 
