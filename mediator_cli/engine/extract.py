@@ -29,6 +29,7 @@ from mediator_cli.stages.extract import (
     scale_candidates,
     scale_errors,
     sign_sums,
+    step_sums,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from mediator_cli.plan.model import TensorPlan
 
 _LOSSLESS = ("fp32", "bf16", "fp16")
+_REFINEMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,19 @@ def _threshold(job: Extraction, tensor: TensorPlan) -> Threshold:
 
 
 def _scale(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> float:
-    """Find the scale with the least squared error: exact for signs, the best of a list for int8."""
+    """Find the scale with the least squared error: exact for signs, the best of a list then refined for int8."""
     if tensor.extract.values == "sign":
         total, count = sum_blocks(map(_per_block(sign_sums), _kept_values(job, tensor, threshold))).tolist()
         return total / count if count else 1.0
     if tensor.extract.values == "int8" and 0 < threshold.bound < float("inf"):
         scales = scale_candidates(threshold.bound * _factor(tensor))
         errors = _per_block(partial(scale_errors, scales=scales))
-        return float(scales[sum_blocks(map(errors, _kept_values(job, tensor, threshold))).argmin()])
+        scale = float(scales[sum_blocks(map(errors, _kept_values(job, tensor, threshold))).argmin()])
+        for _ in range(_REFINEMENTS):
+            sums = _per_block(partial(step_sums, scale=scale))
+            inner, norm = sum_blocks(map(sums, _kept_values(job, tensor, threshold))).tolist()
+            scale = inner / norm if norm else scale
+        return scale
     return 1.0
 
 

@@ -38,6 +38,16 @@ def scale_errors(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (steps * scales[:, None] - wide).square().sum(dim=1)
 
 
+def step_sums(values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Sum v·q and q² over values [k] stored as int8 steps q of a scale; float64 [2].
+
+    Their ratio is the scale with the least squared error for these steps, so taking it never makes the error larger.
+    """
+    wide = values.double()
+    steps = (wide / scale).round().clamp(-_INT8_MAX, _INT8_MAX)
+    return torch.stack([(wide * steps).sum(), steps.square().sum()])
+
+
 def sign_sums(values: torch.Tensor) -> torch.Tensor:
     """Sum |v| and count values [k]; float64 [2]. Their ratio is the scale with the least squared error."""
     return torch.stack([values.double().abs().sum(), torch.tensor(float(len(values)), dtype=torch.float64)])
