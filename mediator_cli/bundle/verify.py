@@ -10,6 +10,7 @@ import torch
 
 from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ConflictReport, bundle_file, read_manifest, read_record
 from mediator_cli.bundle.sparse_file import open_sparse_file
+from mediator_cli.checkpoint.digest import CHUNK, digest_file
 from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_bytes
 from mediator_cli.errors import MediatorError, Problem
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.bundle.manifest import FileRecord, Manifest
-    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.digest import CHUNK, digest_file
+from mediator_cli.checkpoint.header import TensorInfo
 
-_CHUNK = 1 << 20
 _DAMAGED = "fetch the bundle again or merge again"
 
 
@@ -80,8 +81,8 @@ def _check_tensor(place: str, info: TensorInfo, expected: str, advance: Callable
     digest, is_finite = hashlib.sha256(), True
     dtype = TORCH_DTYPES.get(info.dtype, torch.uint8)
     with open_files([info.file]) as descriptors:
-        for start in range(0, info.n_bytes, _CHUNK):
-            chunk = read_bytes(descriptors, info, start, min(start + _CHUNK, info.n_bytes))
+        for start in range(0, info.n_bytes, CHUNK):
+            chunk = read_bytes(descriptors, info, start, min(start + CHUNK, info.n_bytes))
             digest.update(bytes_view(chunk))
             is_finite &= not dtype.is_floating_point or bool(torch.isfinite(chunk.view(dtype)).all())
             advance(len(chunk))
@@ -117,12 +118,7 @@ def _check_file(folder: Path, record: FileRecord, advance: Callable[[int], None]
     if not path.is_file():
         yield Problem(str(path), "is missing", _DAMAGED)
         return
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
-    if digest.hexdigest() != record.sha256:
+    if digest_file(path, advance) != record.sha256:
         yield Problem(str(path), "its bytes are not those that were written", _DAMAGED)
 
 

@@ -22,6 +22,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 MAX_HEADER_BYTES = 100_000_000
+CHECK_DISK = "check the disk and the file's rights"
 _DAMAGED = "the file is damaged or was not downloaded completely; fetch it again"
 
 
@@ -56,6 +57,12 @@ class Header:
     data_start: int
 
 
+def unreadable(file: Path, error: OSError, hint: str = "check the path and its rights") -> CheckpointError:
+    """Turn a failed read into an error that says where and what to do."""
+    reason = (error.strerror or "unreadable").lower()
+    return CheckpointError(Problem(str(file), f"cannot read: {reason}", hint))
+
+
 def read_header(file: Path) -> Header:
     """Read and check the header of one safetensors file.
 
@@ -68,8 +75,7 @@ def read_header(file: Path) -> Header:
             fits = 0 < length <= min(n_file - 8, MAX_HEADER_BYTES)
             raw = stream.read(length if fits else 1)
     except OSError as error:
-        reason = (error.strerror or "unreadable").lower()
-        raise CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the path and its rights")) from None
+        raise unreadable(file, error) from None
     if not fits or not raw.startswith(b"{"):
         raise _not_safetensors(file, n_file, length if raw.startswith(b"{") else -1)
     entries = _parse(file, raw)
@@ -159,8 +165,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        reason = (error.strerror or "unreadable").lower()
-        raise CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the path and its rights")) from None
+        raise unreadable(file, error) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(Problem(str(file), f"broken JSON: {error}", _DAMAGED)) from None
     if not isinstance(data, dict):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mediator_cli.checkpoint.header import CHECK_DISK, unreadable
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -36,14 +37,9 @@ def open_files(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
             try:
                 descriptors[file] = os.open(file, os.O_RDONLY)
             except OSError as error:
-                raise _unreadable(file, error) from None
+                raise unreadable(file, error, CHECK_DISK) from None
             stack.callback(os.close, descriptors[file])
         yield descriptors
-
-
-def _unreadable(file: Path, error: OSError) -> CheckpointError:
-    reason = (error.strerror or "unreadable").lower()
-    return CheckpointError(Problem(str(file), f"cannot read: {reason}", "check the disk and the file's rights"))
 
 
 def bytes_view(tensor: torch.Tensor) -> memoryview:
@@ -60,7 +56,7 @@ def read_bytes(descriptors: Mapping[Path, int], info: TensorInfo, first: int, la
         try:
             count = os.preadv(descriptors[info.file], [view[done:]], info.start + first + done)
         except OSError as error:
-            raise _unreadable(info.file, error) from None
+            raise unreadable(info.file, error, CHECK_DISK) from None
         if count == 0:
             message = "the file ends before its last tensor"
             raise CheckpointError(Problem(f"{info.file}: {info.name}", message, "did another process change it?"))

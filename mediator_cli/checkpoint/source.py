@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo, read_json, read_tensors
+from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo, read_json, read_tensors, unreadable
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def find_folder(source: str, path: Path) -> Path:
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:
-        reason = (error.strerror or "unreadable").lower()
-        raise CheckpointError(Problem(str(path), f"cannot read: {reason}", "check the path and its rights")) from None
+        raise unreadable(path, error) from None
     if is_folder:
         return path
     if path.suffix == ".gguf":

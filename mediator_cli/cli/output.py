@@ -46,6 +46,11 @@ def print_problems(problems: Iterable[Problem]) -> None:
             out.print(f"  hint: {_plain(problem.hint)}")
 
 
+def problem_rows(problems: Iterable[Problem]) -> list[dict[str, str]]:
+    """Give problems as JSON objects."""
+    return [{"place": p.place, "message": p.message, "hint": p.hint} for p in problems]
+
+
 def print_notices(notices: Iterable[str]) -> None:
     """Print things worth knowing that stop nothing, to stderr."""
     out = console(stderr=True)

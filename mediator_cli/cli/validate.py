@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from mediator_cli.cli.options import JsonOption, RecipeArgument, SetOption
-from mediator_cli.cli.output import print_json, print_notices, say
+from mediator_cli.cli.output import print_json, print_notices, problem_rows, say
 
 
 def validate(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOption = False) -> None:
@@ -19,8 +19,7 @@ def validate(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOpt
     except MediatorError as error:
         if not as_json:
             raise
-        problems = [{"place": p.place, "message": p.message, "hint": p.hint} for p in error.problems]
-        print_json({"valid": False, "problems": problems})
+        print_json({"valid": False, "problems": problem_rows(error.problems)})
         raise typer.Exit(2) from None
     if as_json:
         print_json({"valid": True, "problems": [], "notices": list(plan.notices)})

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mediator_cli.cli.options import JsonOption
-from mediator_cli.cli.output import print_json, print_notices, print_problems, say
+from mediator_cli.cli.output import print_json, print_notices, print_problems, problem_rows, say
 
 
 def verify(
@@ -30,7 +30,7 @@ def verify(
 
         result = verify_bundle(folder, advance)
     if as_json:
-        problems = [{"place": p.place, "message": p.message, "hint": p.hint} for p in result.problems]
+        problems = problem_rows(result.problems)
         print_json({"valid": not problems, "problems": problems, "unknown_files": list(result.unknown)})
     else:
         print_problems(result.problems)

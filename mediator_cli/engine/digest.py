@@ -5,33 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from mediator_cli.checkpoint.digest import CHUNK, digest_file
 from mediator_cli.checkpoint.read import bytes_view, open_files, read_bytes
 from mediator_cli.engine.pool import map_ordered
-from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from mediator_cli.checkpoint.header import TensorInfo
-
-_CHUNK = 1 << 20
-
-
-def digest_file(file: Path, advance: Callable[[int], None]) -> str:
-    """Digest a whole file."""
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                advance(len(chunk))
-    except OSError as error:
-        reason = (error.strerror or "unreadable").lower()
-        raise CheckpointError(
-            Problem(str(file), f"cannot read: {reason}", "check the disk and the file's rights")
-        ) from None
-    return digest.hexdigest()
 
 
 def digest_files(files: Sequence[Path], workers: int, advance: Callable[[int], None]) -> dict[Path, str]:
@@ -46,8 +28,8 @@ def digest_tensors(tensors: Mapping[str, TensorInfo], workers: int, advance: Cal
 
         def one(info: TensorInfo) -> str:
             digest = hashlib.sha256()
-            for start in range(0, info.n_bytes, _CHUNK):
-                chunk = read_bytes(descriptors, info, start, min(start + _CHUNK, info.n_bytes))
+            for start in range(0, info.n_bytes, CHUNK):
+                chunk = read_bytes(descriptors, info, start, min(start + CHUNK, info.n_bytes))
                 digest.update(bytes_view(chunk))
                 advance(len(chunk))
             return digest.hexdigest()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import CONFLICTS, EXPERTS_FOLDER, MANIFEST, FileRecord, to_json
+from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.read import open_files
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.checkpoint.write import NewTensor, index_json, plan_shards, write_error
@@ -24,7 +24,7 @@ from mediator_cli.errors import OutputError, Problem
 from mediator_cli.pipeline.conflicts import conflict_passes, measure_conflicts, reuse_report, scores_by_measure
 from mediator_cli.pipeline.progress import Progress, counter, silent
 from mediator_cli.pipeline.record import Outcome, make_manifest, model_card
-from mediator_cli.pipeline.side_files import write_side_files
+from mediator_cli.pipeline.side_files import write_json, write_side_files
 from mediator_cli.recipe.schema import parse_size
 from mediator_cli.stages.assign import assign_units
 
@@ -98,7 +98,7 @@ def merge(
 
 def _budget(plan: Plan, run: Settings) -> Budget:
     budget = make_budget(len(plan.experts), run.workers, run.memory)
-    return budget if run.slab is None else type(budget)(budget.workers, run.slab)
+    return budget if run.slab is None else replace(budget, slab=run.slab)
 
 
 def dense_bytes(plan: Plan) -> int:
@@ -183,8 +183,7 @@ def _write_dense(
     advance = counter(run.progress, "average", total * _per_element(plan), _per_element(plan))
     infos = write_dense(streams, tensors, {folder / n: s for n, s in shards.items()}, found, budget, advance)
     if len(shards) > 1:
-        index = folder / "model.safetensors.index.json"
-        index.write_text(_json(index_json(shards)), encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index_json(shards))
     return {tensor.name: infos[tensor.name] for tensor in plan.tensors}
 
 
@@ -223,17 +222,11 @@ def _write_records(plan: Plan, folder: Path, outcome: Outcome, run: Settings) ->
     (folder / "README.md").write_text(model_card(plan, outcome), encoding="utf-8")
     weights = {info.file for info in outcome.dense.values()} | set(sparse)
     others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in weights)
-    records = tuple(_file_record(folder, file, run) for file in others)
+    records = tuple(_file_record(folder, file) for file in others)
     manifest = make_manifest(plan, outcome, folder, digests, sparse_digests, records)
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return manifest
 
 
-def _file_record(folder: Path, file: Path, run: Settings) -> FileRecord:
-    digest = digest_files([file], run.workers, lambda n: None)[file]
-    return FileRecord(name=file.relative_to(folder).as_posix(), bytes=file.stat().st_size, sha256=digest)
-
-
-def _json(data: dict[str, object]) -> str:
-
-    return json.dumps(data, indent=2) + "\n"
+def _file_record(folder: Path, file: Path) -> FileRecord:
+    return FileRecord(name=file.relative_to(folder).as_posix(), bytes=file.stat().st_size, sha256=digest_file(file))

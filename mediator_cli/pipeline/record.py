@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,10 @@ from mediator_cli.bundle.manifest import (
     SparseUnitRecord,
     TensorRecord,
 )
-from mediator_cli.engine.digest import digest_file
+from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
 from mediator_cli.pipeline.side_files import license_of
+from mediator_cli.plan.make import resolve_extract
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -123,7 +124,7 @@ def _expert(plan: Plan, outcome: Outcome, expert: ExpertSource) -> SourceRecord:
     spec = next(spec for spec in plan.loaded.recipe.experts if spec.name == expert.name)
     prompts = None
     if expert.prompts is not None:
-        digest = digest_file(expert.prompts, lambda n: None)
+        digest = digest_file(expert.prompts)
         prompts = FileRecord(name=spec.prompts or "", bytes=expert.prompts.stat().st_size, sha256=digest)
     return SourceRecord(
         name=expert.name,
@@ -154,10 +155,7 @@ def _conflict(plan: Plan, report: ConflictReport | None) -> ConflictRecord | Non
 
 def _extract(plan: Plan) -> ExtractRecord:
     spec = plan.loaded.recipe.extract
-    rescale = spec.select == "random" if spec.rescale is None else spec.rescale
-    return ExtractRecord(
-        dense=spec.dense, density=spec.density, select=spec.select, rescale=rescale, values=spec.values
-    )
+    return ExtractRecord(dense=spec.dense, **asdict(resolve_extract(spec)))
 
 
 def _sparse_record(plan: Plan, outcome: Outcome, folder: Path, name: str, digest: str) -> SparseRecord:

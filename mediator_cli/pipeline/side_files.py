@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def write_side_files(plan: Plan, folder: Path) -> None:
     """Write the dense expert's config and copy the tokenizer files of the source that the recipe names."""
     winner = plan.tokenizer_folder
-    _write_json(folder / "config.json", _config(plan))
+    write_json(folder / "config.json", _config(plan))
     generation = next((f for f in (winner, plan.base.path) if (f / "generation_config.json").is_file()), None)
     if generation is not None:
         shutil.copyfile(generation / "generation_config.json", folder / "generation_config.json")
@@ -44,7 +44,8 @@ def _config(plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face libraries do."""
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

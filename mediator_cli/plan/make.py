@@ -145,7 +145,7 @@ def _tensor_plan(loaded: LoadedRecipe, base: Checkpoint, name: str, methods: lis
     is_float = info.dtype in FLOAT_DTYPES
     dtype = _OUTPUT_DTYPES.get(loaded.recipe.output.dtype, _written(info.dtype)) if is_float else info.dtype
     unit = unit_of(name, loaded.recipe.conflict.unit)
-    return TensorPlan(name, unit, info.shape, info.size, dtype, average if is_float else None, _resolved(extract))
+    return TensorPlan(name, unit, info.shape, info.size, dtype, average if is_float else None, resolve_extract(extract))
 
 
 def _written(dtype: str) -> str:
@@ -153,7 +153,8 @@ def _written(dtype: str) -> str:
     return "F32" if dtype == "F64" else dtype
 
 
-def _resolved(extract: ExtractSpec) -> ResolvedExtract:
+def resolve_extract(extract: ExtractSpec) -> ResolvedExtract:
+    """Fill the defaults in that depend on other fields."""
     rescale = extract.select == "random" if extract.rescale is None else extract.rescale
     return ResolvedExtract(extract.density, extract.select, rescale, extract.values)
 
