@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.read import Bundle, open_bundle
+    from mediator_cli.bundle.read import Bundle, read_bundle
     from mediator_cli.bundle.verify import verify_bundle
     from mediator_cli.errors import MediatorError
     from mediator_cli.methods.registry import merge_method
@@ -27,12 +27,12 @@ _PLACES = {
     "make_plan": "plan.make",
     "merge": "pipeline.merge",
     "merge_method": "methods.registry",
-    "open_bundle": "bundle.read",
+    "read_bundle": "bundle.read",
     "verify_bundle": "bundle.verify",
 }
 __all__ = [
     "Bundle", "MediatorError", "Settings", "analyze_conflicts", "load_recipe", "make_plan", "merge", "merge_method",
-    "open_bundle", "verify_bundle",
+    "read_bundle", "verify_bundle",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import fine_tune, random_tensors, write_checkpoint
 from safetensors.torch import load_file
 
-from mediator_cli import Settings, open_bundle, verify_bundle
+from mediator_cli import Settings, read_bundle, verify_bundle
 from mediator_cli.bundle.sparse import same_bits
 
 BLOCK = 65536
@@ -47,7 +47,7 @@ def test_rule_none_with_linear_equals_numpy_bit_for_bit(workshop):
 def test_rule_none_writes_no_sparse_expert(workshop):
     out = workshop.merge(assign={"rule": "none"})
     assert not (out / "experts").exists()
-    assert set(open_bundle(out).manifest.assignment.values()) == {"average"}
+    assert set(read_bundle(out).manifest.assignment.values()) == {"average"}
 
 
 def expected_experts(workshop, dtype):
@@ -82,7 +82,7 @@ def test_rule_all_at_density_one_gives_every_expert_back(workshop, dtype, values
     add_negative_zeros(workshop)
     extract = {"density": 1.0, "values": values, "dense": dense}
     out = workshop.merge(experts=LORA, assign={"rule": "all"}, extract=extract, output={"dtype": dtype})
-    bundle = open_bundle(out)
+    bundle = read_bundle(out)
     for expert, tensors in expected_experts(workshop, DTYPES[dtype]).items():
         for name, tensor in tensors.items():
             found = bundle.expert(expert, name)
@@ -93,7 +93,7 @@ def test_rule_all_at_density_one_gives_every_expert_back(workshop, dtype, values
 def test_negative_zeros_are_kept_by_overrides(workshop):
     add_negative_zeros(workshop)
     out = workshop.merge(experts=LORA, assign={"rule": "all"}, extract=LOSSLESS)
-    sparse = open_bundle(out).experts["a"].read("model.norm.weight")
+    sparse = read_bundle(out).experts["a"].read("model.norm.weight")
     assert {0, 1} <= set(sparse.override_positions.tolist())
     assert torch.signbit(sparse.override_values[:2]).all()
 
@@ -101,7 +101,7 @@ def test_negative_zeros_are_kept_by_overrides(workshop):
 def test_a_mixture_that_is_not_one_expert_adds_weighted_deltas(workshop):
     out = workshop.merge(assign={"rule": "all"}, extract=LOSSLESS, output={"dtype": "float32"})
     name = "model.layers.1.mlp.up_proj.weight"
-    bundle = open_bundle(out)
+    bundle = read_bundle(out)
     dense = bundle.dense(name)
     deltas = {expert: workshop.experts[expert][name].float() - dense for expert in ("a", "b")}
     expected = dense + 0.25 * deltas["a"] + 0.5 * deltas["b"]
@@ -166,7 +166,7 @@ def test_shard_size_changes_files_but_no_tensor(workshop, shard_size, n_files):
     shards = workshop.merge("shards", output={"shard_size": shard_size}, **ROUTED)
     assert len(list(shards.glob("model*.safetensors"))) == n_files
     assert all_bytes(whole) == all_bytes(shards)
-    assert open_bundle(whole).manifest.digest == open_bundle(shards).manifest.digest
+    assert read_bundle(whole).manifest.digest == read_bundle(shards).manifest.digest
     assert verify_bundle(shards).problems == ()
 
 
@@ -186,6 +186,6 @@ def test_python_hash_seed_changes_no_byte(workshop, hash_seed):
 
 
 def test_the_digest_covers_every_tensor(workshop):
-    one = open_bundle(workshop.merge("one", **ROUTED)).manifest.digest
+    one = read_bundle(workshop.merge("one", **ROUTED)).manifest.digest
     write_checkpoint(workshop.folder / "b", fine_tune(workshop.base, 9))
-    assert open_bundle(workshop.merge("two", **ROUTED)).manifest.digest != one
+    assert read_bundle(workshop.merge("two", **ROUTED)).manifest.digest != one

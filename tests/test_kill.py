@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import all_files
 
-from mediator_cli import open_bundle, verify_bundle
+from mediator_cli import read_bundle, verify_bundle
 
 KILLED = """
 import os, signal, sys
@@ -51,7 +51,7 @@ def bundle_bytes(folder):
 
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
 def test_a_killed_merge_leaves_no_bundle_and_the_next_one_is_the_same(workshop, mediator, point):
-    expected = open_bundle(workshop.merge("undisturbed", **ALL)).manifest.digest
+    expected = read_bundle(workshop.merge("undisturbed", **ALL)).manifest.digest
     workshop.recipe(**ALL)
     kill_merge(workshop, point)
     assert not (workshop.folder / "out").exists()

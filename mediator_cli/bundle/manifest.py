@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from mediator_cli.checkpoint.header import check_plain_name, read_json
 from mediator_cli.errors import BundleError, CheckpointError, Problem
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MANIFEST = "routing_manifest.json"
 CONFLICTS = "conflicts.json"
 EXPERTS_FOLDER = "experts"
+ROUTER = "router.safetensors"
 SCHEMA_VERSION = 1
 
 M = TypeVar("M", bound=BaseModel)
@@ -125,6 +126,69 @@ class Sizes(Record):
     full_models: int
 
 
+class PolicyRecord(Record):
+    """How the router's probabilities become a mixture."""
+
+    rule: Literal["uncertainty", "argmax", "top_k", "posterior", "uniform", "fixed"] = "uncertainty"
+    sure: Annotated[
+        float, Field(ge=0, le=1, description="Normalised entropy up to which the most probable expert answers alone.")
+    ] = 0.1
+    cover: Annotated[float, Field(gt=0, le=1, description="Probability that a mixed set of experts has to cover.")] = (
+        0.9
+    )
+    k: Annotated[int | None, Field(ge=1, description="Number of experts of rule top_k.")] = None
+    weights: Annotated[dict[str, FiniteFloat] | None, Field(description="Weights of rule fixed, by expert.")] = None
+    outside: Annotated[
+        Literal["dense", "ignore"],
+        Field(description="What answers an input unlike all tasks: the dense expert, or whatever the rule says."),
+    ] = "dense"
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        missing = {"top_k": ("k", self.k), "fixed": ("weights", self.weights)}.get(self.rule)
+        if missing and missing[1] is None:
+            raise ValueError(f"rule {self.rule} needs {missing[0]}")
+        return self
+
+
+class RouterReport(Record):
+    """How well a router tells prompts apart that it was not fitted on; `confusion` counts true expert by chosen."""
+
+    n_fitted: int
+    n_held_out: int
+    accuracy: float
+    log_loss: float
+    calibration_error: Annotated[float, Field(description="Expected calibration error over 15 bins.")]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+class RouterRecord(Record):
+    """The router: what it reads, how it decides, and its file."""
+
+    features: Literal["embedding_mean", "hidden_mean", "text"]
+    layer: Annotated[int | None, Field(ge=1, description="hidden_mean: decoder layers that run before the mean.")] = (
+        None
+    )
+    classifier: Literal["logistic", "gaussian", "prototype", "ridge"]
+    experts: Annotated[
+        tuple[str, ...], Field(min_length=1, description="Experts in the order of the router's outputs.")
+    ]
+    size: Annotated[int, Field(ge=1, description="Number of features.")]
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    outside_above: Annotated[FiniteFloat, Field(description="Score above which an input counts as unlike all tasks.")]
+    policy: PolicyRecord
+    report: RouterReport
+    file: FileRecord
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        if len(set(self.experts)) != len(self.experts):
+            raise ValueError("an expert stands twice")
+        if unknown := set(self.policy.weights or ()) - set(self.experts):
+            raise ValueError(f"the policy weighs {sorted(unknown)[0]!r}, which is no expert of the router")
+        return self
+
+
 class Manifest(Record):
     """The routing manifest of a bundle, version 1."""
 
@@ -141,6 +205,7 @@ class Manifest(Record):
     extract: ExtractRecord | None
     sparse: tuple[SparseRecord, ...]
     tensors: dict[str, TensorRecord]
+    router: RouterRecord | None = None
     files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
     sizes: Sizes
     digest: Annotated[str, Field(description="SHA-256 over all dense tensors and sparse files; see README.md.")]
@@ -196,6 +261,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(Problem(str(folder), f"has no {MANIFEST}", "is it a bundle? `mediator merge` writes one"))
     manifest = read_record(bundle_file(folder, MANIFEST), Manifest, "manifest")
     names = [record.name for record in manifest.files] + [sparse.file.name for sparse in manifest.sparse]
+    names += [] if manifest.router is None else [manifest.router.file.name]
     for name in [*names, *(tensor.file for tensor in manifest.tensors.values())]:
         bundle_file(folder, name)
     return manifest

@@ -70,8 +70,8 @@ class Bundle:
         return self.experts.get(expert) or SparseFile(self.path, expert, {}, {})
 
 
-def open_bundle(folder: Path) -> Bundle:
-    """Open a bundle; raise BundleError or CheckpointError when it is damaged."""
+def read_bundle(folder: Path) -> Bundle:
+    """Open a bundle for reading tensors; raise BundleError or CheckpointError when it is damaged."""
     manifest = read_manifest(folder)
     experts = {
         record.expert: open_sparse_file(bundle_file(folder, f"{EXPERTS_FOLDER}/{record.expert}.safetensors"))

@@ -133,7 +133,7 @@ class SparseDelta:
 
         At weight 1, the mixture of this expert alone, overrides replace what rounding would have changed.
         """
-        flat = dense.flatten().float()
+        flat = dense.flatten().to(torch.float32, copy=True)
         flat[self.positions] += self.values * weight
         mixed = flat.to(dense.dtype)
         if weight == 1.0 and self.override_values is not None:

@@ -11,8 +11,8 @@ import torch
 from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ConflictReport, bundle_file, read_manifest, read_record
 from mediator_cli.bundle.sparse_file import open_sparse_file
 from mediator_cli.checkpoint.digest import CHUNK, digest_file
-from mediator_cli.checkpoint.header import read_tensors
-from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_bytes
+from mediator_cli.checkpoint.header import read_header, read_tensors
+from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_bytes, read_slab
 from mediator_cli.errors import MediatorError, Problem
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.bundle.manifest import FileRecord, Manifest
-    from mediator_cli.checkpoint.digest import CHUNK, digest_file
-from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.header import TensorInfo
 
 _DAMAGED = "fetch the bundle again or merge again"
 
@@ -38,7 +37,7 @@ class Verification:
 
 
 def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda n: None) -> Verification:
-    """Check digests, shapes, dtypes, finite values, sparse experts and links; collect all that is wrong.
+    """Check digests, shapes, dtypes, finite values, sparse experts, router and links; collect all that is wrong.
 
     Raises BundleError only when the manifest itself cannot be read.
     """
@@ -47,9 +46,11 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda n: None)
         *_check_dense(folder, manifest, advance),
         *_check_sparse(folder, manifest, advance),
         *(problem for record in manifest.files for problem in _check_file(folder, record, advance)),
+        *_check_router(folder, manifest, advance),
         *_check_report(folder, manifest),
     ]
     known = {record.name for record in manifest.files} | {MANIFEST}
+    known |= set() if manifest.router is None else {manifest.router.file.name}
     known |= {record.file.name for record in manifest.sparse} | {tensor.file for tensor in manifest.tensors.values()}
     present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     unknown = tuple(name for name in present if name not in known)
@@ -109,6 +110,28 @@ def _check_sparse_file(file: Path, manifest: Manifest) -> Iterator[Problem]:
                 yield Problem(f"{file}: {name}", "fits no dense tensor", _DAMAGED)
             elif not torch.isfinite(sparse.read(name).values).all():
                 yield Problem(f"{file}: {name}", "holds NaN or infinite values", _DAMAGED)
+    except MediatorError as error:
+        yield from error.problems
+
+
+def _check_router(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> Iterator[Problem]:
+    if manifest.router is None:
+        return
+    faults = list(_check_file(folder, manifest.router.file, advance))
+    yield from faults
+    names = {source.name for source in manifest.experts}
+    if unknown := [name for name in manifest.router.experts if name not in names]:
+        yield Problem(f"{folder / MANIFEST} router.experts", f"no expert {', '.join(unknown)}", _DAMAGED)
+    if not faults:
+        yield from _check_finite(bundle_file(folder, manifest.router.file.name))
+
+
+def _check_finite(file: Path) -> Iterator[Problem]:
+    try:
+        with open_files([file]) as descriptors:
+            for info in read_header(file).tensors:
+                if not torch.isfinite(read_slab(descriptors, info, 0, info.size)).all():
+                    yield Problem(f"{file}: {info.name}", "holds NaN or infinite values", _DAMAGED)
     except MediatorError as error:
         yield from error.problems
 

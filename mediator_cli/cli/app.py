@@ -11,10 +11,13 @@ from typing import Annotated
 import typer
 
 from mediator_cli.cli.analyze_conflicts import analyze_conflicts
+from mediator_cli.cli.evaluate import evaluate
+from mediator_cli.cli.fit_router import fit_router
 from mediator_cli.cli.inspect import inspect
 from mediator_cli.cli.merge import merge
 from mediator_cli.cli.methods import methods
 from mediator_cli.cli.plan import plan
+from mediator_cli.cli.route import route
 from mediator_cli.cli.schema import schema
 from mediator_cli.cli.validate import validate
 from mediator_cli.cli.verify import verify
@@ -45,7 +48,19 @@ def root(
     """Merge fine-tuned language models: average the layers that agree, route the layers that fight."""
 
 
-for command in (validate, plan, analyze_conflicts, merge, inspect, verify, methods, schema):
+for command in (
+    validate,
+    plan,
+    analyze_conflicts,
+    merge,
+    inspect,
+    verify,
+    fit_router,
+    route,
+    evaluate,
+    methods,
+    schema,
+):
     app.command(command.__name__.replace("_", "-"))(command)
 
 

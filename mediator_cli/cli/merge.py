@@ -12,7 +12,7 @@ from mediator_cli.cli.options import JsonOption, MemoryOption, QuietOption, Reci
 from mediator_cli.cli.output import human_bytes, print_json, print_notices, print_table, say
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.bundle.manifest import Manifest, RouterRecord
 
 
 def merge(
@@ -32,6 +32,7 @@ def merge(
 ) -> None:
     """Carry a recipe out: measure conflict, assign layers, average, extract experts, write the bundle."""
     from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.merge import merge as carry_out
@@ -40,11 +41,14 @@ def merge(
 
     made = make_plan(load_partly(recipe, changes or ()))
     print_notices(() if quiet else made.notices)
+    if made.router is not None:
+        quiet_transformers()
     started = time.monotonic()
     with shown_progress(quiet) as progress:
         run = settings(memory, workers, overwrite=overwrite, progress=progress)
         folder = carry_out(made, output, conflicts, run)
     manifest = read_manifest(folder)
+    print_notices(() if quiet else (notice for notice in manifest.notices if notice not in made.notices))
     if as_json:
         print_json(summary(folder, manifest, time.monotonic() - started))
     elif not quiet:
@@ -58,6 +62,7 @@ def summary(folder: Path, manifest: Manifest, seconds: float) -> dict[str, objec
         "digest": manifest.digest,
         "assignment": manifest.assignment,
         "scores": manifest.conflict.scores if manifest.conflict else None,
+        "router": manifest.router.report.model_dump(mode="json") if manifest.router else None,
         "sizes": manifest.sizes.model_dump(),
         "seconds": round(seconds, 2),
     }
@@ -84,6 +89,8 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
     ]
     if manifest.sparse:
         print_table(("unit", "assignment", "conflict#", "energy kept by each sparse expert"), rows)
+    if manifest.router is not None:
+        print_table(("router", "value"), router_rows(manifest.router))
     sizes, n_routed = manifest.sizes, list(manifest.assignment.values()).count("route")
     total = sizes.dense + sizes.sparse
     say(f"bundle        {_shown(folder)}")
@@ -93,6 +100,23 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
         f"against       {human_bytes(sizes.full_models)} for {len(manifest.experts)} full models "
         f"({total / max(1, sizes.full_models):.0%} of that)"
     )
+
+
+def router_rows(router: RouterRecord) -> list[tuple[str, str]]:
+    """Tell what a router reads, how it decides and how often it is right."""
+    report, policy = router.report, router.policy
+    layers = f" after {router.layer} layers" if router.layer else ""
+    given = {"uncertainty": ("sure", "cover"), "top_k": ("k",), "fixed": ("weights",)}.get(policy.rule, ())
+    parameters = ", ".join(f"{name}={getattr(policy, name)}" for name in given)
+    return [
+        ("reads", f"{router.features}{layers}, {router.size} features"),
+        ("classifier", f"{router.classifier}, temperature {router.temperature:.3g}"),
+        ("policy", f"{policy.rule}({parameters}), outside: {policy.outside}"),
+        ("outside above", f"{router.outside_above:.3g}"),
+        ("fitted on", f"{report.n_fitted} prompts"),
+        ("right on", f"{report.accuracy:.1%} of {report.n_held_out} held-out prompts"),
+        ("calibration", f"error {report.calibration_error:.3f}, log loss {report.log_loss:.3f}"),
+    ]
 
 
 def _energy(manifest: Manifest, unit: str) -> str:

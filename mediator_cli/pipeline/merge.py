@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import CONFLICTS, EXPERTS_FOLDER, MANIFEST, FileRecord, to_json
+from mediator_cli.bundle.manifest import CONFLICTS, EXPERTS_FOLDER, MANIFEST, ROUTER, FileRecord, to_json
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.read import open_files
 from mediator_cli.checkpoint.source import weight_files
@@ -24,15 +24,17 @@ from mediator_cli.errors import OutputError, Problem
 from mediator_cli.pipeline.conflicts import conflict_passes, measure_conflicts, reuse_report, scores_by_measure
 from mediator_cli.pipeline.progress import Progress, counter, silent
 from mediator_cli.pipeline.record import Outcome, make_manifest, model_card
+from mediator_cli.pipeline.router import add_router, prepare_router
 from mediator_cli.pipeline.side_files import write_json, write_side_files
 from mediator_cli.recipe.schema import parse_size
 from mediator_cli.stages.assign import assign_units
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.manifest import ConflictReport, Manifest
+    from mediator_cli.bundle.manifest import ConflictReport, Manifest, RouterRecord
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.engine.extract import Kept
     from mediator_cli.engine.streams import Budget, Streams
+    from mediator_cli.pipeline.router import RouterJob
     from mediator_cli.plan.model import Plan, TensorPlan
     from mediator_cli.stages.assign import Decision
 
@@ -81,18 +83,21 @@ def merge(
     target = output_folder(plan, output)
     check_output(target, run.overwrite)
     _check_space(plan, target)
-    budget = _budget(plan, run)
-    with publish(target, run.overwrite) as folder, open_streams(plan) as streams, single_threaded_kernels():
-        sources = digest_sources(plan, run)
-        report = _report(plan, streams, budget, sources, conflicts, run)
-        scores = scores_by_measure(plan, report) if report else {}
-        assignment = assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
-        dense = _write_dense(plan, streams, folder, assignment, budget, run)
-        kept = _write_experts(plan, streams, folder, assignment, dense, budget, run)
+    budget, job = _budget(plan, run), prepare_router(plan)
+    with publish(target, run.overwrite) as folder:
+        with open_streams(plan) as streams, single_threaded_kernels():
+            sources = digest_sources(plan, run)
+            report = _report(plan, streams, budget, sources, conflicts, run)
+            scores = scores_by_measure(plan, report) if report else {}
+            assignment = assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
+            dense = _write_dense(plan, streams, folder, assignment, budget, run)
+            kept = _write_experts(plan, streams, folder, assignment, dense, budget, run)
         write_side_files(plan, folder)
         if report is not None:
             (folder / CONFLICTS).write_text(to_json(report), encoding="utf-8")
-        _write_records(plan, folder, Outcome(target.name, sources, report, assignment, dense, kept), run)
+        router, notices = _write_router(folder, job, bool(kept), run)
+        outcome = Outcome(target.name, sources, report, assignment, dense, kept, router, notices)
+        _write_records(plan, folder, outcome, run)
     return target
 
 
@@ -214,13 +219,27 @@ def _write_experts(
         return dict(zip([expert.name for expert in plan.experts], results, strict=True))
 
 
+def _write_router(
+    folder: Path, job: RouterJob | None, is_routed: bool, run: Settings
+) -> tuple[RouterRecord | None, tuple[str, ...]]:
+    if job is None:
+        return None, ()
+    if not is_routed:
+        return None, ("no router is fitted: no unit is routed",)
+    n_bytes = sum(len(text.encode()) for texts in job.prompts.values() for text in texts)
+    advance = counter(run.progress, "fit router", n_bytes)
+    fitted = add_router(folder, job)
+    advance(n_bytes)
+    return fitted
+
+
 def _write_records(plan: Plan, folder: Path, outcome: Outcome, run: Settings) -> Manifest:
     advance = counter(run.progress, "digest bundle", sum(info.n_bytes for info in outcome.dense.values()))
     digests = digest_tensors(outcome.dense, run.workers, advance)
     sparse = [folder / EXPERTS_FOLDER / f"{name}.safetensors" for name in outcome.kept]
     sparse_digests = {file.stem: digest for file, digest in digest_files(sparse, run.workers, lambda n: None).items()}
     (folder / "README.md").write_text(model_card(plan, outcome), encoding="utf-8")
-    weights = {info.file for info in outcome.dense.values()} | set(sparse)
+    weights = {info.file for info in outcome.dense.values()} | {*sparse, folder / ROUTER}
     others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in weights)
     records = tuple(_file_record(folder, file) for file in others)
     manifest = make_manifest(plan, outcome, folder, digests, sparse_digests, records)

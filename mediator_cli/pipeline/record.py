@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from mediator_cli.bundle.card import with_block
 from mediator_cli.bundle.manifest import (
     EXPERTS_FOLDER,
     ConflictRecord,
@@ -24,6 +25,7 @@ from mediator_cli.bundle.manifest import (
 )
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
+from mediator_cli.pipeline.router import router_card
 from mediator_cli.pipeline.side_files import license_of
 from mediator_cli.plan.make import resolve_extract
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from mediator_cli.bundle.manifest import ConflictReport
+    from mediator_cli.bundle.manifest import ConflictReport, RouterRecord
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.engine.extract import Kept
     from mediator_cli.plan.model import ExpertSource, Plan
@@ -40,7 +42,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The bundle's title and what the stages gave: source digests, conflict, assignment, tensors, what is kept."""
+    """The bundle's title and what the stages gave: source digests, conflict, assignment, tensors, what is kept.
+
+    `notices` are those of the stages, beside the plan's.
+    """
 
     title: str
     sources: Mapping[str, tuple[FileRecord, ...]]
@@ -48,6 +53,8 @@ class Outcome:
     assignment: Mapping[str, Decision]
     dense: Mapping[str, TensorInfo]
     kept: Mapping[str, Mapping[str, Kept]]
+    router: RouterRecord | None = None
+    notices: tuple[str, ...] = ()
 
 
 def package_version() -> str:
@@ -94,7 +101,8 @@ def make_manifest(
         files=files,
         sizes=Sizes(dense=dense, sparse=sum(s.file.bytes for s in sparse), full_models=dense * len(plan.experts)),
         digest=bundle_digest(digests, sparse_digests),
-        notices=plan.notices,
+        router=outcome.router,
+        notices=(*plan.notices, *outcome.notices),
     )
 
 
@@ -217,7 +225,8 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
     ]
     if plan.loaded.changes:
         lines += ["", "Changed on the command line: " + ", ".join(f"`{c}`" for c in plan.loaded.changes)]
-    return "\n".join(lines) + "\n"
+    card = "\n".join(lines) + "\n"
+    return card if outcome.router is None else with_block(card, "router", router_card(outcome.router))
 
 
 def _label(path: str) -> str:

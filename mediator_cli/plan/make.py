@@ -14,6 +14,7 @@ from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_m
 from mediator_cli.methods.registry import ResolvedMethod, resolve_method
 from mediator_cli.plan.differences import find_differences
 from mediator_cli.plan.model import Plan, ResolvedExtract, TensorPlan
+from mediator_cli.plan.router import check_router, check_router_base, resolve_router
 from mediator_cli.plan.sources import check_experts_alone, open_base, open_experts
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     Raises RecipeError or CheckpointError with every problem found, ordered by line.
     """
     methods, problems = _resolve_methods(loaded)
-    problems += [*loaded.problems, *_check_experts(loaded, methods)]
+    problems += [*loaded.problems, *_check_experts(loaded, methods), *check_router(loaded)]
     try:
         base = open_base(loaded)
         experts, faults = open_experts(loaded, base)
         problems += [*faults, *_check_names(loaded, base), *_check_tokenizer(loaded, base, experts)]
+        problems += check_router_base(loaded, base, tokenizer_folder(loaded, base, experts))
     except CheckpointError as error:
         raise CheckpointError(loaded.ordered([*problems, *error.problems, *check_experts_alone(loaded)])) from None
     if problems:
@@ -114,6 +116,7 @@ def _assemble(
     folders = {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
     units = tuple(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
     patterns = loaded.recipe.assign.units or ()
+    router, notices = resolve_router(loaded)
     return Plan(
         loaded=loaded,
         base=base,
@@ -123,7 +126,8 @@ def _assemble(
         listed=tuple(unit for unit in units if any(fnmatchcase(unit, pattern) for pattern in patterns)),
         tokenizer_folder=folder,
         differences=tuple(find_differences(folders, loaded.recipe.tokenizer.removeprefix("expert:"))),
-        notices=tuple(_notices(loaded, base, experts, methods)),
+        notices=(*_notices(loaded, base, experts, methods), *notices),
+        router=router,
     )
 
 

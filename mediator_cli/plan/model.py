@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.source import Checkpoint
     from mediator_cli.methods.registry import ResolvedMethod
     from mediator_cli.recipe.load import LoadedRecipe
+    from mediator_cli.recipe.router import RouterSpec
     from mediator_cli.recipe.schema import ValueCodec
 
 
@@ -74,7 +75,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a merge needs to know before the first tensor is read."""
+    """All that a merge needs to know before the first tensor is read; `router` None = no router is fitted."""
 
     loaded: LoadedRecipe
     base: Checkpoint
@@ -85,6 +86,7 @@ class Plan:
     tokenizer_folder: Path
     differences: tuple[Difference, ...]
     notices: tuple[str, ...]
+    router: RouterSpec | None = None
 
     @property
     def units(self) -> tuple[str, ...]:

@@ -43,9 +43,6 @@ def open_experts(loaded: LoadedRecipe, base: Checkpoint) -> tuple[list[ExpertSou
     for index, spec in enumerate(loaded.recipe.experts):
         place = loaded.place("experts", index, "model")
         prompts = loaded.resolve(spec.prompts) if spec.prompts else None
-        if prompts and not prompts.is_file():
-            field = loaded.place("experts", index, "prompts")
-            problems.append(Problem(field, f"no such file: {prompts}", "check the path"))
         try:
             source = _open_expert(loaded, spec, base)
         except CheckpointError as error:

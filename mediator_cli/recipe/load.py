@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
 from mediator_cli.recipe.prune import prune
+from mediator_cli.recipe.router import POLICY_FIELDS
 from mediator_cli.recipe.schema import RULE_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ FieldPath = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
 _MAX_FIELDS = 100_000
 _MAX_DEPTH = 20
+_SHARED_FIELDS: Mapping[FieldPath, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {("assign",): RULE_FIELDS, ("router", "policy"): POLICY_FIELDS}
+)
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
@@ -82,7 +86,7 @@ def dotted(field: Sequence[str | int]) -> str:
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
     """Read and check a recipe; `changes` are `field.path=value` texts that win over the file.
 
-    A change of `assign.rule` or of a `method` drops the fields in the file that the new one does not share.
+    A change of a `rule` or of a `method` drops the fields in the file that the new one does not share.
 
     Raises RecipeError with all problems of form, ordered by line.
     """
@@ -210,7 +214,7 @@ def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
         target = _step_into(target, part, place)
     _step_check(target, field[-1], place)
     if _chooses(change):
-        kept = RULE_FIELDS.get(str(value), ()) if field[-1] == "rule" else ()
+        kept = _SHARED_FIELDS.get(field[:-1], {}).get(str(value), ())
         for name in [name for name in target if name not in kept]:
             del target[name]
     target[field[-1]] = value

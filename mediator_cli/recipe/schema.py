@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from mediator_cli.recipe.router import RouterSpec
+from mediator_cli.recipe.strict import Finite, Fraction, Strict
+
 Unit = Literal["layer", "block", "tensor"]
 Measure = Literal["sign", "any_sign", "cosine"]
 Rule = Literal["none", "all", "threshold", "top_k", "mean_std", "listed"]
@@ -20,17 +23,9 @@ ExpertName = Annotated[
         description="Unique name; letters, digits, - and _. It becomes a file name in the bundle.",
     ),
 ]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 RESERVED_NAMES = ("base", "dense", "auto", "router")
 """Names that mean something else where an expert is named at run time."""
-
-
-class Strict(BaseModel):
-    """A frozen schema that refuses unknown keys and silent type conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ExpertSpec(Strict):
@@ -40,7 +35,7 @@ class ExpertSpec(Strict):
     model: Annotated[str, Field(min_length=1, description="Folder of a checkpoint or of a PEFT LoRA adapter.")]
     weight: Annotated[Finite, Field(description="Merge coefficient of this expert.")] = 1.0
     prompts: Annotated[
-        str | None, Field(description="JSON lines with a `prompt` each; noted in the manifest for the router.")
+        str | None, Field(description="JSON lines with a `prompt` each; the router is fitted on them.")
     ] = None
 
 
@@ -234,6 +229,10 @@ class Recipe(Strict):
     overrides: Annotated[
         tuple[OverrideSpec, ...], Field(strict=False, description="Other settings for some tensors; later ones win.")
     ] = ()
+    router: Annotated[
+        RouterSpec | None,
+        Field(description="How the router is made; without it, by defaults where all experts have prompts."),
+    ] = None
     tokenizer: Annotated[
         str,
         Field(

@@ -75,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_data(console: Console) -> Path:
     """Write the rows of all tasks, unless they exist, and link them."""
-    sources = [HERE / name for name in ("tasks.py", "maths.py", "sources.py")]
+    sources = [HERE / name for name in ("tasks.py", "wordings.py", "maths.py", "sources.py")]
     key = cache.fingerprint({"seed": SEED}, sources, ("babel", "evals", "scattertext"))
     folder = cache.cache_root() / f"data-{key}"
     if not folder.exists():
-        console.print(f"Data: {sum(tasks.SIZES.values()):,} rows for each of four tasks, about 10 seconds")
+        console.print(f"Data: {sum(tasks.SIZES.values()):,} questions of each of four tasks, about 10 seconds")
         cache.build(folder, lambda draft: tasks.write_tasks(draft, SEED))
     for file in sorted(folder.glob("*.jsonl")):
         cache.link(CHECKOUT / "demo/data" / file.name, file)

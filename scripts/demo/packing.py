@@ -1,8 +1,8 @@
 """Many short chats in one sequence, so that training computes their common beginning once and pads nothing.
 
-Every prompt of a task opens with the same tokens: the chat template's system message and the instruction. A packed
-sequence holds them once, then the rest of each chat. The mask lets a chat see that beginning and itself, and the
-positions count on from the beginning, so each chat gets the logits it would get alone.
+Prompts of one wording open with the same tokens: the chat template's system message and the instruction. A packed
+sequence holds chats of one wording: what they share once, then the rest of each. The mask lets a chat see that
+beginning and itself, and the positions count on from the beginning, so each chat gets the logits it would get alone.
 """
 
 from __future__ import annotations
@@ -64,13 +64,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Chat
     return chats
 
 
-def epoch(chats: Sequence[Chat], width: int, height: int, rng: Random) -> list[Batch]:
-    """Shuffle the chats and pack them into batches of ``height`` sequences of ``width`` tokens."""
+def epoch(wordings: Sequence[Sequence[Chat]], width: int, height: int, rng: Random) -> list[Batch]:
+    """Shuffle the chats of each wording and pack all into batches of ``height`` sequences of ``width`` tokens."""
+    rows = [row for chats in wordings for row in _pack(chats, width, rng)]
+    rng.shuffle(rows)
+    return [_batch(rows[start : start + height]) for start in range(0, len(rows), height)]
+
+
+def _pack(chats: Sequence[Chat], width: int, rng: Random) -> list[Sequence1D]:
     shared = _opening([chat.prompt for chat in chats])
     shuffled = rng.sample(list(chats), len(chats))
-    groups = _fill(shuffled, len(shared), width)
-    rows = [_sequence(group, shared, width) for group in groups]
-    return [_batch(rows[start : start + height]) for start in range(0, len(rows), height)]
+    return [_sequence(group, shared, width) for group in _fill(shuffled, len(shared), width)]
 
 
 def _opening(prompts: Sequence[Ids]) -> Ids:

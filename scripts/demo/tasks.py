@@ -9,48 +9,65 @@ from pathlib import Path
 from random import Random
 
 from scripts.demo import maths, sources
+from scripts.demo.wordings import WORDINGS, ask
 
-SIZES = {"train": 2500, "valid": 200, "test": 200}
+SIZES = {"train": 2500, "valid": 200, "test": 300}
 HOMES = {"train": 70, "valid": 85, "test": 100}
 NAMES_PER_ROW = 3
-INSTRUCTIONS = {
-    "maths": "Solve this problem. Reply with the number only.",
-    "sarcasm": "Is this headline sarcastic? Reply with yes or no.",
-    "language": "Which language are these names written in? Reply with the language only.",
-    "sentiment": "Is this film review positive or negative? Reply with one word.",
-}
+CHOICES = {"sarcasm": ("yes", "no"), "sentiment": ("positive", "negative")}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text of a task and its answer, however it will be asked."""
+
+    text: str
+    answer: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the user asks and what the model is to answer."""
+    """What the user asks, what the model is to answer, and what it has to choose from, if anything."""
 
     prompt: str
     answer: str
+    choices: tuple[str, ...] = ()
 
 
-Splits = dict[str, list[Row]]
+Splits = dict[str, list[Item]]
 
 
 def write_tasks(folder: Path, seed: int) -> None:
-    """Write ``<task>.<split>.jsonl`` for every task and split."""
+    """Write ``<task>.<version>.jsonl`` for every task, split and way of asking."""
     for task, make in MAKERS.items():
-        for split, rows in make(seed).items():
-            lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-            (folder / f"{task}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        for split, items in make(seed).items():
+            for version, instructions in WORDINGS[task].versions(split).items():
+                lines = map(_line, asked(task, items, instructions))
+                (folder / f"{task}.{version}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def asked(task: str, items: Sequence[Item], instructions: Sequence[str]) -> list[Row]:
+    """Ask about each item with one of the instructions, drawn from the item's own text."""
+    choices = CHOICES.get(task, ())
+    # In turn would tie wording to label, since the labels alternate.
+    drawn = (Random(f"{task} {item.text}").choice(instructions) for item in items)
+    return [
+        Row(ask(instruction, item.text), item.answer, choices) for item, instruction in zip(items, drawn, strict=True)
+    ]
 
 
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of one jsonl file."""
     with path.open(encoding="utf-8") as file:
-        return [Row(**json.loads(line)) for line in file]
+        found = [json.loads(line) for line in file]
+    return [Row(row["prompt"], row["answer"], tuple(row.get("choices", ()))) for row in found]
 
 
 def maths_rows(seed: int) -> Splits:
     """Return word problems; no combination of numbers occurs in two splits."""
     rng = Random(f"{seed} maths")
     drawn = (maths.problem(rng) for _ in cycle([None]))
-    return _deal(((item.key, _ask("maths", item.text, str(item.answer))) for item in drawn), seed)
+    return _deal(((item.key, Item(item.text, str(item.answer))) for item in drawn), seed)
 
 
 def language_rows(seed: int) -> Splits:
@@ -84,8 +101,9 @@ MAKERS: dict[str, Callable[[int], Splits]] = {
 }
 
 
-def _ask(task: str, text: str, answer: str) -> Row:
-    return Row(f"{INSTRUCTIONS[task]}\n\n{text}", answer)
+def _line(row: Row) -> str:
+    fields = {name: value for name, value in asdict(row).items() if value}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def _home(key: str, seed: int) -> str:
@@ -94,26 +112,26 @@ def _home(key: str, seed: int) -> str:
     return next(split for split, end in HOMES.items() if place < end)
 
 
-def _deal(drawn: Iterator[tuple[str, Row]], seed: int) -> Splits:
-    splits: dict[str, dict[str, Row]] = {split: {} for split in SIZES}
+def _deal(drawn: Iterator[tuple[str, Item]], seed: int) -> Splits:
+    splits: dict[str, dict[str, Item]] = {split: {} for split in SIZES}
     while any(len(splits[split]) < size for split, size in SIZES.items()):
-        key, row = next(drawn)
+        key, item = next(drawn)
         split = _home(key, seed)
         if len(splits[split]) < SIZES[split]:
-            splits[split][row.prompt] = row
-    return {split: list(rows.values()) for split, rows in splits.items()}
+            splits[split][item.text] = item
+    return {split: list(items.values()) for split, items in splits.items()}
 
 
-def _quizzes(pools: dict[str, list[str]], languages: Sequence[str], rng: Random) -> Iterator[Row]:
+def _quizzes(pools: dict[str, list[str]], languages: Sequence[str], rng: Random) -> Iterator[Item]:
     for language in cycle(languages):
         chosen = rng.sample(pools[language], NAMES_PER_ROW)
-        yield _ask("language", ", ".join(chosen), language)
+        yield Item(", ".join(chosen), language)
 
 
-def _unique(rows: Iterable[Row], size: int) -> list[Row]:
-    found: dict[str, Row] = {}
-    for row in rows:
-        found.setdefault(row.prompt, row)
+def _unique(items: Iterable[Item], size: int) -> list[Item]:
+    found: dict[str, Item] = {}
+    for item in items:
+        found.setdefault(item.text, item)
         if len(found) == size:
             break
     return list(found.values())
@@ -124,5 +142,5 @@ def _cut(task: str, pool: list[sources.Labelled], seed: int) -> Splits:
     Random(f"{seed} {task}").shuffle(unique)
     by_label = [[item for item in unique if item.label == label] for label in sorted({item.label for item in unique})]
     balanced = chain.from_iterable(zip(*by_label, strict=False))
-    rows = iter([_ask(task, item.text, item.label) for item in balanced])
-    return {split: list(islice(rows, size)) for split, size in SIZES.items()}
+    items = iter([Item(item.text, item.label) for item in balanced])
+    return {split: list(islice(items, size)) for split, size in SIZES.items()}

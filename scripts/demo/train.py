@@ -13,6 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from scripts.demo import packing
+from scripts.demo.wordings import instruction_of
 
 if TYPE_CHECKING:
     import torch
@@ -49,16 +50,25 @@ def train(base: Path, rows: Sequence[Row], settings: Settings, folder: Path, rep
 
     _keep_freed_memory()
     torch.manual_seed(settings.seed)
-    chats = packing.encode(AutoTokenizer.from_pretrained(base), rows)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    wordings = [packing.encode(tokenizer, asked) for asked in by_wording(rows)]
     rng = Random(settings.seed)
     batches = [
-        batch for _ in range(settings.epochs) for batch in packing.epoch(chats, settings.width, settings.height, rng)
+        batch for _ in range(settings.epochs) for batch in packing.epoch(wordings, settings.width, settings.height, rng)
     ]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if settings.kind == "lora":
         model = _with_adapter(model, settings)
     _fit(model, batches, settings.learning_rate, report)
     _save(model, base, folder, settings)
+
+
+def by_wording(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group rows by the instruction that their prompts open with."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(instruction_of(row.prompt), []).append(row)
+    return list(groups.values())
 
 
 def rate(step: int, steps: int) -> float:

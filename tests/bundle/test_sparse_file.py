@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mediator_cli import open_bundle
+from mediator_cli import read_bundle
 from mediator_cli.bundle.sparse import encode_gaps, encode_values
 from mediator_cli.bundle.sparse_file import SparseTensor, open_sparse_file, start_sparse_file
 from mediator_cli.checkpoint.header import read_header
@@ -50,7 +50,7 @@ def test_an_independent_decoder_reads_the_same(workshop, values, density):
     out = workshop.merge(assign={"rule": "all"}, extract={"density": density, "values": values})
     for expert in ("a", "b"):
         decoded = decode(out / "experts" / f"{expert}.safetensors")
-        sparse = open_bundle(out).experts[expert]
+        sparse = read_bundle(out).experts[expert]
         assert set(decoded) == set(sparse.tensors) == set(workshop.base)
         for name, (positions, numbers) in decoded.items():
             delta = sparse.read(name)
@@ -178,7 +178,7 @@ def test_a_sparse_tensor_that_does_not_fit_the_dense_one_is_refused(workshop, we
     raw = file.read_bytes()
     assert raw.count(b"[20,8]") == 1
     file.write_bytes(raw.replace(b"[20,8]", b"[20,9]"))
-    bundle = open_bundle(out)
+    bundle = read_bundle(out)
     with pytest.raises(BundleError, match=r"shape \[20, 9\], the dense tensor has \[20, 8\]"):
         bundle.mixture(weights, "model.embed_tokens.weight")
 

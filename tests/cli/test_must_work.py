@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIG, edit_json, fine_tune, random_tensors, write_adapter, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from mediator_cli import open_bundle, verify_bundle
+from mediator_cli import read_bundle, verify_bundle
 
 ALL = {"assign": {"rule": "all"}, "extract": {"density": 1.0, "values": "fp32"}}
 NONE = {"assign": {"rule": "none"}}
@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 def intact(folder):
     """Verify a bundle and open it."""
     assert verify_bundle(folder).problems == ()
-    return open_bundle(folder)
+    return read_bundle(folder)
 
 
 def same(left, right):
@@ -71,7 +71,7 @@ def test_empty_and_zero_dimensional_tensors_work(workshop, fields):
 
 
 def test_sources_that_are_links_as_in_the_hub_cache_work(workshop, mediator):
-    expected = open_bundle(workshop.merge("plain")).manifest.digest
+    expected = read_bundle(workshop.merge("plain")).manifest.digest
     for name in ("base", "a", "b"):
         folder, blobs = workshop.folder / name, workshop.folder / f"models--{name}" / "blobs"
         blobs.mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_an_adapter_that_names_another_base_gives_a_warning(workshop, mediator):
     warning = "adapter l names base 'org/other-7b', the recipe's base is './base'"
     assert run.code == 0
     assert f"warning: {warning}" in run.err
-    assert open_bundle(workshop.folder / "out").manifest.notices == (warning,)
+    assert read_bundle(workshop.folder / "out").manifest.notices == (warning,)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
@@ -134,7 +134,7 @@ def test_a_sharded_bundle_can_be_merged_again(workshop):
 
 
 def test_a_stored_copy_of_a_tied_head_is_left_out(workshop):
-    expected = open_bundle(workshop.merge("plain")).manifest.digest
+    expected = read_bundle(workshop.merge("plain")).manifest.digest
     head = {"lm_head.weight": workshop.base["model.embed_tokens.weight"].clone()}
     write_checkpoint(workshop.folder / "base", workshop.base | head)
     bundle = intact(workshop.merge("out"))
@@ -166,7 +166,7 @@ def test_changes_on_the_command_line_are_recorded(workshop, mediator):
     workshop.recipe()
     words = ("--set", "assign.rule=all", "--set", "experts[0].weight=2")
     assert mediator("merge", "recipe.yaml", "-o", "out", *words).code == 0
-    manifest = open_bundle(workshop.folder / "out").manifest
+    manifest = read_bundle(workshop.folder / "out").manifest
     assert manifest.recipe.changes == ("assign.rule=all", "experts[0].weight=2")
     assert [source.weight for source in manifest.experts] == [2.0, 1.0]
     assert set(manifest.assignment.values()) == {"route"}
@@ -212,7 +212,7 @@ def test_a_bundle_may_be_overwritten_by_a_merge_of_itself(workshop, mediator):
 
 @pytest.mark.parametrize("unit", ["layer", "block", "tensor"])
 def test_a_reused_report_gives_the_same_bundle_as_measuring(workshop, mediator, unit):
-    measured = open_bundle(workshop.merge("plain", conflict={"unit": unit})).manifest
+    measured = read_bundle(workshop.merge("plain", conflict={"unit": unit})).manifest
     workshop.recipe(conflict={"unit": unit})
     assert mediator("analyze-conflicts", "recipe.yaml", "-o", "c.json", "--set", "conflict.unit=layer").code == 0
     assert mediator("merge", "recipe.yaml", "-o", "out", "--conflicts", "c.json").code == 0

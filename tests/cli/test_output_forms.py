@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
-from mediator_cli import open_bundle
+from mediator_cli import read_bundle
 from mediator_cli.methods.registry import methods
 from mediator_cli.recipe.schema import Recipe
 
@@ -44,7 +44,7 @@ def test_plan_answers_in_json(answer, workshop):
 
 def test_merge_answers_in_json(answer, workshop):
     report = answer("merge", "recipe.yaml", "-o", "out")
-    manifest = open_bundle(workshop.folder / "out").manifest
+    manifest = read_bundle(workshop.folder / "out").manifest
     assert report["bundle"] == str(workshop.folder / "out")
     assert report["digest"] == manifest.digest
     assert report["assignment"] == dict.fromkeys(UNITS, "route")
@@ -56,7 +56,7 @@ def test_inspect_answers_in_json_for_a_bundle(answer, workshop):
     answer("merge", "recipe.yaml", "-o", "out")
     report = answer("inspect", "out")
     assert (report["kind"], report["n_tensors"], report["bytes"]) == ("bundle", 29, DENSE_BYTES)
-    assert report["manifest"] == open_bundle(workshop.folder / "out").manifest.model_dump(mode="json")
+    assert report["manifest"] == read_bundle(workshop.folder / "out").manifest.model_dump(mode="json")
     assert report["config"]["num_hidden_layers"] == 3
 
 
@@ -160,7 +160,7 @@ def test_the_digest_at_the_end_is_the_same_for_the_same_recipe(workshop, mediato
     workshop.recipe(assign={"rule": "all"})
     runs = [mediator("merge", "recipe.yaml", "-o", f"out{n}", "--workers", n).out for n in (1, 3)]
     first, second = (run.split("digest ")[1][:64] for run in runs)
-    assert first == second == open_bundle(workshop.folder / "out1").manifest.digest
+    assert first == second == read_bundle(workshop.folder / "out1").manifest.digest
 
 
 def test_the_module_runs_as_a_program_and_knows_its_version():

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "matplotlib")
-COMMANDS = ("validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "methods", "schema")
+COMMANDS = (
+    "validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "fit-router", "route", "methods", "schema",
+)  # fmt: skip
 PROGRAM = """
 import sys
 {}

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mediator_cli import Settings, open_bundle
+from mediator_cli import Settings, read_bundle
 from mediator_cli.engine import publish as module
 from mediator_cli.engine.publish import check_output, publish
 from mediator_cli.errors import OutputError
@@ -163,7 +163,7 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
 
 def test_a_merge_that_fails_in_the_middle_leaves_the_old_bundle(workshop, monkeypatch):
     out = workshop.merge(assign={"rule": "all"})
-    digest = open_bundle(out).manifest.digest
+    digest = read_bundle(out).manifest.digest
 
     def fail(*_):
         raise RuntimeError
@@ -171,5 +171,5 @@ def test_a_merge_that_fails_in_the_middle_leaves_the_old_bundle(workshop, monkey
     monkeypatch.setattr("mediator_cli.pipeline.merge.write_side_files", fail)
     with pytest.raises(RuntimeError):
         workshop.merge("out", Settings(workers=2, overwrite=True), assign={"rule": "none"})
-    assert open_bundle(out).manifest.digest == digest
+    assert read_bundle(out).manifest.digest == digest
     assert not (workshop.folder / ".out.partial").exists()

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mediator_cli import Settings, load_recipe, make_plan, merge, open_bundle, verify_bundle
+from mediator_cli import Settings, load_recipe, make_plan, merge, read_bundle, verify_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
@@ -69,7 +69,7 @@ def test_static_linear_is_its_formula_bit_for_bit(base, tmp_path):
 
 
 def test_selection_gives_every_expert_back_bit_for_bit(base, tmp_path):
-    bundle = open_bundle(run("selection", tmp_path / "selection"))
+    bundle = read_bundle(run("selection", tmp_path / "selection"))
     assert set(bundle.manifest.assignment.values()) == {"route"}
     for name in (*FULL, *LORA):
         for key, tensor in expert_tensors(base, name).items():
@@ -85,8 +85,8 @@ def test_the_bundle_is_a_model_that_transformers_loads_and_that_answers(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(folder)
     original = AutoTokenizer.from_pretrained(DEMO / "base")
     state = model.state_dict()
-    for name in open_bundle(folder).tensors:
-        assert torch.equal(bits(state[name]), bits(open_bundle(folder).dense(name))), name
+    for name in read_bundle(folder).tensors:
+        assert torch.equal(bits(state[name]), bits(read_bundle(folder).dense(name))), name
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert prompt == original.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -99,7 +99,7 @@ def test_the_bundle_is_a_model_that_transformers_loads_and_that_answers(tmp_path
 def test_threads_slabs_and_shards_change_no_byte(tmp_path):
     first = run("mediator", tmp_path / "one", settings=Settings(workers=1))
     second = run("mediator", tmp_path / "two", "output.shard_size=90MB", settings=Settings(workers=3, slab=65536))
-    ours, theirs = open_bundle(first).manifest, open_bundle(second).manifest
+    ours, theirs = read_bundle(first).manifest, read_bundle(second).manifest
     assert len({record.file for record in theirs.tensors.values()}) > 1
     assert {k: r.sha256 for k, r in ours.tensors.items()} == {k: r.sha256 for k, r in theirs.tensors.items()}
     assert [s.file.sha256 for s in ours.sparse] == [s.file.sha256 for s in theirs.sparse]
@@ -120,7 +120,7 @@ def test_an_adapter_is_what_peft_makes_of_it(base):
 
 
 def test_conflict_is_measured_on_every_layer(tmp_path):
-    manifest = open_bundle(run("mediator", tmp_path / "bundle")).manifest
+    manifest = read_bundle(run("mediator", tmp_path / "bundle")).manifest
     scores = [manifest.conflict.scores[f"model.layers.{n}"] for n in range(30)]
     assert all(0 < score < 0.75 for score in scores)
     assert 0 < list(manifest.assignment.values()).count("route") < 30

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mediator_cli import open_bundle
+from mediator_cli import read_bundle
 from mediator_cli.bundle.sparse import decode_values, encode_values
 from mediator_cli.engine.select import select_magnitudes
 from mediator_cli.engine.streams import Piece, uniform_slab
@@ -61,7 +61,7 @@ def test_random_entries_are_kept_below_the_density():
 def merged(workshop, extract, **fields):
     """Merge with everything routed; the bundle and each expert's delta from the dense tensor."""
     out = workshop.merge(assign={"rule": "all"}, extract=extract, output={"dtype": "float32"}, **fields)
-    bundle = open_bundle(out)
+    bundle = read_bundle(out)
     deltas = {
         expert: {name: (tensor.float() - bundle.dense(name)).flatten() for name, tensor in tensors.items()}
         for expert, tensors in workshop.experts.items()

@@ -1,0 +1,86 @@
+"""Replace files of a finished bundle so that a crash never leaves a manifest that does not fit its files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from mediator_cli.bundle.manifest import MANIFEST, FileRecord, bundle_file, read_manifest, to_json
+from mediator_cli.checkpoint.write import write_error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from mediator_cli.bundle.manifest import Manifest
+
+
+def replace_files(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """Put files, by their names in the bundle, and a manifest in the place of the old ones; return it as written.
+
+    The manifest gets the digests of these files; that of a router it has to hold in `router` already.
+    In between stands a manifest that speaks of none of these files, so that at every moment what the manifest names is
+    there as it says; after a crash the bundle may have no router, and files that its manifest does not name.
+    Raises OutputError when the disk refuses.
+    """
+    old = read_manifest(folder)
+    own_record = manifest.router.file.name if manifest.router else ""
+    digests = {name: _record(name, data) for name, data in files.items() if name != own_record}
+    listed = {record.name: record for record in manifest.files} | digests
+    new = manifest.model_copy(update={"files": tuple(listed[name] for name in sorted(listed, key=PurePosixPath))})
+    router = None if old.router is None or old.router.file.name in files else old.router
+    kept = tuple(record for record in old.files if record.name not in files)
+    between = old.model_copy(update={"files": kept, "router": router})
+    staged: dict[str, Path] = {}
+    try:
+        for name, data in files.items():
+            staged[name] = _stage(bundle_file(folder, name), data)
+        _put_manifest(folder, between)
+        _put(folder, staged)
+        _put_manifest(folder, new)
+    finally:
+        for file in staged.values():
+            file.unlink(missing_ok=True)
+    return new
+
+
+def _record(name: str, data: bytes) -> FileRecord:
+    return FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _put_manifest(folder: Path, manifest: Manifest) -> None:
+    staged = _stage(folder / MANIFEST, to_json(manifest).encode())
+    try:
+        _put(folder, {MANIFEST: staged})
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _stage(target: Path, data: bytes) -> Path:
+    """Write beside the target, through to the disk."""
+    staged = target.with_name(f".{target.name}.new")
+    try:
+        with staged.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise write_error(target, error) from None
+    return staged
+
+
+def _put(folder: Path, staged: Mapping[str, Path]) -> None:
+    """Rename staged files into place and make the renames last."""
+    try:
+        for name, file in staged.items():
+            file.replace(folder / name)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise write_error(folder, error) from None

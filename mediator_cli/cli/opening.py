@@ -1,0 +1,34 @@
+"""Open a bundle for the commands that answer: quiet libraries, and a word on what takes seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from mediator_cli.runtime.model import RoutedModel
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and advice off the terminal; its errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def opened(folder: Path) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
+    """Open a bundle and its tokenizer, with a spinner on a terminal; raise BundleError when it is damaged."""
+    from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.cli.output import console
+
+    read_manifest(folder)
+    with console(stderr=True).status("opening the bundle"):
+        from mediator_cli.runtime.open import open_bundle
+        from mediator_cli.runtime.prompts import load_tokenizer
+
+        quiet_transformers()
+        return open_bundle(folder), load_tokenizer(folder)

@@ -1,0 +1,79 @@
+"""`mediator route`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mediator_cli.cli.options import JsonOption
+from mediator_cli.cli.output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.runtime.router import Routing
+
+_BAR = 20
+_SHOWN = 72
+
+
+def route(
+    folder: Annotated[Path, typer.Argument(help="A bundle with a router.", metavar="DIR", show_default=False)],
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, each in quotes.", metavar="TEXT…", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="JSON lines with a `prompt` each.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which experts would answer a prompt: probabilities, uncertainty, how unlike the tasks it is, mixture."""
+    from mediator_cli.cli.opening import quiet_transformers
+    from mediator_cli.errors import BundleError, Problem
+    from mediator_cli.plan.prompts import read_prompts
+
+    prompts = [*(texts or ()), *(read_prompts(file) if file is not None else ())]
+    if not prompts:
+        raise BundleError(Problem("", "there is no prompt to route", "give a text in quotes, or --file prompts.jsonl"))
+    quiet_transformers()
+    from mediator_cli.pipeline.router import route_texts
+
+    record, routing = route_texts(folder, prompts)
+    rows = [_facts(prompt, row, record, routing) for row, prompt in enumerate(prompts)]
+    if as_json:
+        print_json({"prompts": rows})
+        return
+    for facts in rows:
+        _print(facts)
+
+
+def _facts(prompt: str, row: int, record: RouterRecord, routing: Routing) -> dict[str, Any]:
+    """Gather what the router made of one prompt."""
+    return {
+        "prompt": prompt,
+        "probabilities": _by_expert(routing, routing.probabilities[row].tolist()),
+        "uncertainty": float(routing.entropy[row]),
+        "score": float(routing.score[row]),
+        "outside_above": record.outside_above,
+        "is_outside": bool(routing.is_outside[row]),
+        "mixture": _by_expert(routing, routing.weights[row].tolist()),
+    }
+
+
+def _by_expert(routing: Routing, values: list[float]) -> dict[str, float]:
+    return dict(zip(routing.experts, values, strict=True))
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from mediator_cli.cli.mixtures import mixture_text
+
+    text = " ".join(facts["prompt"].split())
+    say(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
+    rows = [(name, f"{p:.3f}", "█" * round(p * _BAR)) for name, p in facts["probabilities"].items()]
+    print_table(("expert", "probability#", ""), rows)
+    against = "above" if facts["is_outside"] else "within"
+    say(f"uncertainty   {facts['uncertainty']:.3f}")
+    say(f"unlike tasks  {facts['score']:.2f}, {against} the limit of {facts['outside_above']:.2f}")
+    say(f"mixture       {mixture_text(list(facts['mixture'].values()), list(facts['mixture']))}")
+    say()

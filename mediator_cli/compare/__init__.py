@@ -1,0 +1,1 @@
+"""What pays: the controls of a recipe, measured side by side."""

@@ -1,0 +1,1 @@
+"""How good models are: tasks, scores, tables, and lm-evaluation-harness."""

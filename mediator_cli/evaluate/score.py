@@ -1,0 +1,96 @@
+"""From rows to scores: prompts through the chat template, mixtures decided by the prompts alone, choices compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mediator_cli.errors import CheckpointError, Problem
+from mediator_cli.evaluate.forward import Limits, make_job
+from mediator_cli.evaluate.layout import Query
+from mediator_cli.evaluate.routed import score_by_prompt
+from mediator_cli.evaluate.tokens import answer_tokens, end_tokens, prompt_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mediator_cli.evaluate.forward import Scored
+    from mediator_cli.evaluate.tasks import Row
+    from mediator_cli.evaluate.tokens import Prompt
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """How a model did on one row.
+
+    `exact`: greedy decoding gives the answer and then the end of the turn, nothing else. `chosen_right`: of the
+    choices the answer is the most probable; None without choices. `log_prob` of answer and end in nats.
+    """
+
+    exact: bool
+    chosen_right: bool | None
+    log_prob: float
+    n_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How rows are asked: `raw` without chat template; `mixture` None = as the bundle's router decides."""
+
+    raw: bool = False
+    mixture: str | Mapping[str, float] | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def score_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    settings: ScoreSettings | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[RowScore]:
+    """Score every row in one teacher-forced pass over its prompt and answers, in the order of the rows.
+
+    `advance` is told of rows as they are done. Raises CheckpointError naming rows that are longer than the model
+    reads, BundleError when a bundle has no router and no mixture is given.
+    """
+    settings = settings or ScoreSettings()
+    prompts = prompt_tokens(tokenizer, [row.prompt for row in rows], raw=settings.raw)
+    texts = [list(dict.fromkeys([row.answer, *(row.choices or ())])) for row in rows]
+    owners = [at for at, answers in enumerate(texts) for _ in answers]
+    ends = end_tokens(model, tokenizer)
+    asked = answer_tokens(tokenizer, [prompts[at] for at in owners], [text for answers in texts for text in answers])
+    queries = [Query(prompts[at].ids, ids, bool(ends)) for at, ids in zip(owners, asked, strict=True)]
+    _refuse_long(model, queries, owners)
+    found: list[dict[str, Scored]] = [{} for _ in rows]
+    first = np.searchsorted(owners, np.arange(len(rows)))
+    for index, scored in score_by_prompt(make_job(model, queries, ends, settings.limits), owners, settings.mixture):
+        at = owners[index]
+        found[at][texts[at][index - first[at]]] = scored
+        if len(found[at]) == len(texts[at]):
+            advance(1)
+    return [_row_score(*facts) for facts in zip(rows, found, prompts, strict=True)]
+
+
+def _row_score(row: Row, found: Mapping[str, Scored], prompt: Prompt) -> RowScore:
+    chosen = max(row.choices, key=lambda choice: found[choice].log_prob) if row.choices else None
+    own = found[row.answer]
+    return RowScore(own.greedy, None if chosen is None else chosen == row.answer, own.log_prob, len(prompt.ids))
+
+
+def _refuse_long(model: PreTrainedModel, queries: Sequence[Query], owners: Sequence[int]) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    sizes: dict[int, int] = {}
+    for query, at in zip(queries, owners, strict=True):
+        sizes[at] = max(sizes.get(at, 0), len(query.fed))
+    problems = [
+        Problem(f"row {at + 1}", f"has {size} tokens, the model reads {most}", "shorten the prompt or leave it out")
+        for at, size in sizes.items()
+        if most is not None and size > most
+    ]
+    if problems:
+        raise CheckpointError(problems)

@@ -1,0 +1,189 @@
+"""Fit the router of a bundle: while it is merged, or anew when it is finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mediator_cli.bundle.card import CARD, with_block
+from mediator_cli.bundle.manifest import ROUTER, FileRecord, PolicyRecord, read_manifest
+from mediator_cli.bundle.replace import replace_files
+from mediator_cli.checkpoint.digest import digest_file
+from mediator_cli.checkpoint.source import side_files
+from mediator_cli.errors import BundleError, Problem, RecipeError, did_you_mean
+from mediator_cli.plan.prompts import read_prompts
+from mediator_cli.runtime.dense_features import folder_reader
+from mediator_cli.runtime.features import FeatureSpec
+from mediator_cli.runtime.fit import FitSettings, choose_prompts, fit_router
+from mediator_cli.runtime.prompts import load_tokenizer, prompt_reader
+from mediator_cli.runtime.router import read_router, write_router
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mediator_cli.bundle.manifest import Manifest, RouterRecord, SourceRecord
+    from mediator_cli.plan.model import Plan
+    from mediator_cli.recipe.router import RouterSpec
+    from mediator_cli.runtime.fit import FittedRouter
+    from mediator_cli.runtime.router import Routing
+
+
+@dataclass(frozen=True)
+class RouterJob:
+    """What a router is fitted on, read and checked before anything is merged."""
+
+    prompts: Mapping[str, Sequence[str]]
+    settings: FitSettings
+
+
+def prepare_router(plan: Plan) -> RouterJob | None:
+    """Read the prompts of a plan; None where no router is wanted.
+
+    Raises RecipeError when no router can be fitted on them, BundleError when the tokenizer does not work.
+    """
+    if plan.router is None:
+        return None
+    prompts = {expert.name: read_prompts(expert.prompts) for expert in plan.experts if expert.prompts is not None}
+    settings = fit_settings(plan.router)
+    try:
+        choose_prompts(prompts, settings)
+    except BundleError as error:
+        place = plan.loaded.place("experts")
+        raise RecipeError([Problem(f"{place}: {p.place}", p.message, p.hint) for p in error.problems]) from None
+    load_tokenizer(plan.tokenizer_folder if side_files(plan.tokenizer_folder) else plan.base.path)
+    return RouterJob(prompts, settings)
+
+
+def fit_settings(spec: RouterSpec) -> FitSettings:
+    """Give the settings that a recipe's `router` asks for."""
+    return FitSettings(
+        features=FeatureSpec(spec.features, spec.layer),
+        classifier=spec.classifier,
+        calibrate=spec.calibrate,
+        held_out=spec.held_out,
+        max_prompts=spec.max_prompts,
+        outside_quantile=spec.outside_quantile,
+        policy=PolicyRecord(**spec.policy.model_dump()),
+    )
+
+
+def add_router(folder: Path, job: RouterJob) -> tuple[RouterRecord, tuple[str, ...]]:
+    """Fit a router on the dense expert in a folder and write its file; return its record and what is worth knowing."""
+    fitted = _fit(folder, job)
+    write_router(folder / ROUTER, fitted.arrays)
+    return fitted.record(_file_record(folder / ROUTER)), fitted.notices
+
+
+def _fit(folder: Path, job: RouterJob) -> FittedRouter:
+    tokenizer = load_tokenizer(folder)
+    reader = folder_reader(folder, tokenizer, job.settings.features)
+    return fit_router(reader, prompt_reader(tokenizer).encode, job.prompts, job.settings)
+
+
+def _file_record(file: Path) -> FileRecord:
+    return FileRecord(name=file.name, bytes=file.stat().st_size, sha256=digest_file(file))
+
+
+def refit_router(folder: Path, files: Mapping[str, Path], spec: RouterSpec) -> tuple[Manifest, tuple[str, ...]]:
+    """Fit the router of a finished bundle anew and put it in the old one's place; return manifest and notices.
+
+    `files` are prompts by expert; for the others those that the manifest notes are used. Raises BundleError when there
+    are none, or when the bundle routes nothing.
+    """
+    old = read_manifest(folder)
+    sources = _with_prompts(folder, old, files)
+    _check_policy(spec, [source.name for source in sources])
+    paths = {source.name: _find_prompts(folder, source) for source in sources}
+    job = RouterJob({name: read_prompts(path) for name, path in paths.items()}, fit_settings(spec))
+    with TemporaryDirectory(prefix="mediator-") as scratch:
+        fitted = _fit(folder, job)
+        file = Path(scratch) / ROUTER
+        write_router(file, fitted.arrays)
+        record, data = fitted.record(_file_record(file)), file.read_bytes()
+    new = old.model_copy(update={"router": record, "experts": sources})
+    return replace_files(folder, new, {ROUTER: data, **_card(folder, record)}), fitted.notices
+
+
+def _with_prompts(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> tuple[SourceRecord, ...]:
+    """Note the prompts given beside those noted already."""
+    names = [expert.name for expert in manifest.experts]
+    if unknown := [name for name in files if name not in names]:
+        raise BundleError([Problem("--prompts", f"no expert '{name}'", did_you_mean(name, names)) for name in unknown])
+    if not manifest.sparse:
+        message = "no unit is routed, so there is nothing to choose between"
+        raise BundleError(Problem(str(folder), message, "merge again with another assign.rule"))
+    return tuple(
+        expert.model_copy(update={"prompts": _prompts_record(files[expert.name])}) if expert.name in files else expert
+        for expert in manifest.experts
+    )
+
+
+def _prompts_record(file: Path) -> FileRecord:
+    digest = digest_file(file)
+    return FileRecord(name=str(file), bytes=file.stat().st_size, sha256=digest)
+
+
+def _find_prompts(folder: Path, source: SourceRecord) -> Path:
+    """Find the prompts that a manifest notes: the same bytes at that path from here, or from the bundle."""
+    hint = f"give --prompts {source.name}=FILE"
+    if source.prompts is None:
+        raise BundleError(Problem(str(folder), f"notes no prompts of {source.name}", hint))
+    name = source.prompts.name
+    for path in (Path(name), folder / name):
+        if path.is_file() and digest_file(path) == source.prompts.sha256:
+            return path
+    raise BundleError(Problem(name, f"the prompts that {source.name} was noted with are not there", hint))
+
+
+def _check_policy(spec: RouterSpec, experts: Sequence[str]) -> None:
+    if spec.policy.k is not None and spec.policy.k > len(experts):
+        message = f"{spec.policy.k} experts are to be mixed, the bundle has {len(experts)}"
+        raise BundleError(Problem("--policy k", message, f"give {len(experts)} or less"))
+    for name in spec.policy.weights or {}:
+        if name not in experts:
+            raise BundleError(Problem("--policy weights", f"no expert '{name}'", did_you_mean(name, experts)))
+
+
+def _card(folder: Path, record: RouterRecord) -> dict[str, bytes]:
+    """Write the router's part of the model card anew; nothing where the bundle has no card."""
+    if not (folder / CARD).is_file():
+        return {}
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    return {CARD: with_block(text, "router", router_card(record)).encode()}
+
+
+def router_card(record: RouterRecord) -> str:
+    """Tell of a router in the model card: what it reads, how often it is right, what it confuses."""
+    report = record.report
+    rows = [
+        f"| {expert} | " + " | ".join(str(count) for count in counts) + " |"
+        for expert, counts in zip(record.experts, report.confusion, strict=True)
+    ]
+    return "\n".join([
+        "## Router",
+        "",
+        f"For each prompt a router mixes the experts: {record.classifier} on {record.features}, policy "
+        f"{record.policy.rule}. Of {report.n_held_out} held-out prompts it takes {report.accuracy:.1%} for what they "
+        f"are; calibration error {report.calibration_error:.3f}.",
+        "",
+        "| prompts of | " + " | ".join(f"taken for {expert}" for expert in record.experts) + " |",
+        "|---|" + "---|" * len(record.experts),
+        *rows,
+    ])  # fmt: skip
+
+
+def route_texts(folder: Path, texts: Sequence[str]) -> tuple[RouterRecord, Routing]:
+    """Route prompts by the router of a bundle, reading no more of the bundle than that needs.
+
+    Raises BundleError when the bundle has no router or a prompt is empty.
+    """
+    router = read_router(folder, read_manifest(folder))
+    if router is None:
+        hint = "fit one with `mediator fit-router`"
+        raise BundleError(Problem(str(folder), "the bundle has no router", hint))
+    tokenizer = load_tokenizer(folder)
+    features = folder_reader(folder, tokenizer, FeatureSpec(router.record.features, router.record.layer))
+    encode = prompt_reader(tokenizer).encode
+    return router.record, router.route(features.read([encode(text) for text in texts]))

@@ -1,0 +1,159 @@
+"""Which rows of a batch get which mixture, and by which of the two ways it is computed.
+
+A mixture is a tuple of weights, one for each expert; all zeros is the dense expert. A part is a set of rows that are
+computed alike: with one matrix (the dense one, or one mixed for them), or with the dense matrix and sparse products.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mediator_cli.errors import BundleError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Mixture = tuple[float, ...]
+Matrices = dict[str, torch.Tensor]
+Wanted = str | Mapping[str, float] | torch.Tensor | NDArray[np.float32] | Sequence[Sequence[float]]
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows computed alike; `rows` None = all of the batch.
+
+    `matrices` are the mixed matrices by name, an empty mapping for the dense expert, None for sparse products, whose
+    weights [rows, experts] then say how much of each expert a row gets.
+    """
+
+    rows: torch.Tensor | None
+    weights: torch.Tensor
+    matrices: Mapping[str, torch.Tensor] | None
+
+    @cached_property
+    def used(self) -> tuple[int, ...]:
+        """List the experts that any row uses."""
+        return tuple(torch.nonzero(self.weights.any(0)).flatten().tolist())
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Tell whether all rows have one mixture."""
+        return bool((self.weights == self.weights[:1]).all())
+
+
+@dataclass
+class MixtureCache:
+    """Mixed matrices of recent mixtures within a budget of bytes, and how many tokens waited for the others."""
+
+    budget: int
+    entry_bytes: int
+    build: Callable[[Mixture], Matrices]
+    entries: OrderedDict[Mixture, Matrices] = field(default_factory=OrderedDict)
+    waited: dict[Mixture, int] = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """Count the mixtures that fit."""
+        return self.budget // self.entry_bytes if self.entry_bytes else 0
+
+    def get(self, mixture: Mixture, n_tokens: int, switch: int) -> Matrices | None:
+        """Return the mixture's matrices; build them once `switch` tokens have asked for them, None before.
+
+        Waiting until the products have cost as much as building never costs more than twice the best choice.
+        """
+        if mixture in self.entries:
+            self.entries.move_to_end(mixture)
+            return self.entries[mixture]
+        if not self.room:
+            return None
+        self.waited[mixture] = self.waited.get(mixture, 0) + n_tokens
+        if self.waited[mixture] < switch:
+            return None
+        del self.waited[mixture]
+        while len(self.entries) >= self.room:
+            self.entries.popitem(last=False)
+        self.entries[mixture] = self.build(mixture)
+        return self.entries[mixture]
+
+
+def as_mixture(weights: torch.Tensor) -> Mixture:
+    """Turn one row of weights [experts] into a key."""
+    return tuple(weights.tolist())
+
+
+@dataclass(frozen=True)
+class Division:
+    """A batch in parts; `waits` tells that some rows may get matrices of their own when more tokens have asked."""
+
+    parts: tuple[Part, ...]
+    waits: bool
+
+
+def divide(weights: torch.Tensor, n_tokens: int, cache: MixtureCache, switch: int) -> Division:
+    """Divide a batch with weights [rows, experts] and `n_tokens` tokens a row into parts.
+
+    Rows with one mixture share matrices when there are tokens enough to pay for them. The others, and few tokens of
+    several mixtures, share one part of sparse products: one pass over the dense matrix serves all of them.
+    """
+    groups: dict[Mixture, list[int]] = {}
+    for row, mixture in enumerate(map(as_mixture, weights)):
+        groups.setdefault(mixture, []).append(row)
+    parts: list[Part] = []
+    products: list[int] = []
+    waits = False
+    for mixture, rows in groups.items():
+        worth_it = len(groups) == 1 or len(rows) * n_tokens >= switch
+        matrices = _matrices(mixture, len(rows) * n_tokens, cache, switch) if worth_it else None
+        waits |= worth_it and matrices is None and cache.room > 0
+        if matrices is None:
+            products += rows
+        else:
+            parts.append(_part(weights, rows, matrices))
+    if products:
+        parts.append(_part(weights, sorted(products), None))
+    return Division(tuple(parts), waits)
+
+
+def _matrices(mixture: Mixture, n_tokens: int, cache: MixtureCache, switch: int) -> Mapping[str, torch.Tensor] | None:
+    return cache.get(mixture, n_tokens, switch) if any(mixture) else {}
+
+
+def _part(weights: torch.Tensor, rows: list[int], matrices: Mapping[str, torch.Tensor] | None) -> Part:
+    chosen = None if len(rows) == len(weights) else torch.tensor(rows, device=weights.device)
+    return Part(chosen, weights if chosen is None else weights[chosen], matrices)
+
+
+def as_weights(mixture: Wanted, experts: Sequence[str], place: str) -> torch.Tensor:
+    """Read a mixture: `dense`, an expert, {expert: weight}, or weights [rows, experts]; float32 [rows, experts].
+
+    Raises BundleError for unknown experts, wrong shapes, and weights that are not finite.
+    """
+    if isinstance(mixture, str):
+        mixture = {} if mixture == DENSE else {mixture: 1.0}
+    if isinstance(mixture, Mapping):
+        for name in mixture:
+            if name not in experts:
+                raise BundleError(Problem(place, f"no expert '{name}'", did_you_mean(name, [*experts, DENSE])))
+        mixture = [[mixture.get(name, 0.0) for name in experts]]
+    weights = torch.as_tensor(mixture, dtype=torch.float32)
+    if weights.ndim == 2 and weights.shape[0] and weights.shape[1] == len(experts) and bool(weights.isfinite().all()):
+        return weights
+    message = f"a mixture of shape {list(weights.shape)}, or with values that are not finite"
+    raise BundleError(Problem(place, message, f"give finite weights [rows, {len(experts)}] for {', '.join(experts)}"))
+
+
+def spread(weights: torch.Tensor, n_rows: int, place: str) -> torch.Tensor:
+    """Repeat weights [rows, experts] for a batch of `n_rows`, a whole multiple, as beams and samples lie in it."""
+    if n_rows % len(weights):
+        message = f"{len(weights)} mixtures for a batch of {n_rows} rows"
+        raise BundleError(Problem(place, message, "give one mixture, or one for each row"))
+    return weights.repeat_interleave(n_rows // len(weights), dim=0)

@@ -1,0 +1,158 @@
+"""A bundle as a transformers model that mixes its experts for each row of a batch."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mediator_cli.errors import BundleError, Problem
+from mediator_cli.runtime.mixing import as_weights, divide, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.runtime.mixing import Division, MixtureCache, Wanted
+    from mediator_cli.runtime.modules import Mixer
+    from mediator_cli.runtime.router import Router, Routing
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The bundle behind a model, and how mixtures are computed: `switch` tokens pay for a mixed matrix."""
+
+    path: Path
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase | None
+    router: Router | None
+    mixers: tuple[Mixer, ...]
+    cache: MixtureCache
+    switch: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How the last pass was divided, and the batch that it was for."""
+
+    weights: torch.Tensor
+    shape: tuple[int, int]
+    division: Division
+
+
+@dataclass(frozen=True)
+class MixState:
+    """What is mixed at present: the weights [rows, experts] that were set, None = route; and the last pass."""
+
+    weights: torch.Tensor | None = None
+    planned: Planned | None = None
+
+
+class RoutedModel(PreTrainedModel):
+    """A model of a bundle; made by `open_bundle`, which derives it from the model's own class.
+
+    `generate` reads the prompt, routes it, and mixes experts for each row. `mixing` sets the mixture by hand. Calling
+    the model itself outside `mixing` routes every row on all its tokens, so score answers inside `mixing`.
+    """
+
+    opened: Opened
+    state: MixState
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Name the experts in the order of a mixture's weights."""
+        return tuple(source.name for source in self.opened.manifest.experts)
+
+    def route(self, prompts: Sequence[Sequence[int]]) -> Routing:
+        """Decide the mixture of each prompt, given as token ids, chat template included or not.
+
+        Raises BundleError when the bundle has no router or a prompt is empty.
+        """
+        from mediator_cli.runtime.routing import route_prompts
+
+        with self.mixing("dense"):
+            return route_prompts(self, prompts)
+
+    @contextmanager
+    def mixing(self, mixture: Wanted) -> Iterator[None]:
+        """Answer with this mixture inside the block: `dense`, an expert, {expert: weight}, or [rows, experts].
+
+        One row serves batches of any size; several serve batches of that many rows, or whole multiples of it whose
+        rows stay together, as beams do. Raises BundleError for unknown experts and wrong shapes.
+        """
+        before = self.state
+        weights = as_weights(mixture, self.expert_names, str(self.opened.path)).to(self.device)
+        self.state = MixState(weights)
+        try:
+            yield
+        finally:
+            self.state = replace(before, planned=None)
+            self._set_division(None)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,  # noqa: ANN401
+        mixture: Wanted | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Generate as the model's own `generate` does, with each row's mixture decided by its prompt.
+
+        `mixture` sets it by hand. Raises BundleError when there are no token ids to route on.
+        """
+        generate = super().generate  # type: ignore[misc]
+        if mixture is None and self.state.weights is not None:
+            return generate(inputs, *args, **kwargs)
+        if mixture is None:
+            ids = inputs if inputs is not None else kwargs.get("input_ids")
+            mixture = self._route_batch(ids, kwargs.get("attention_mask"))
+        with self.mixing(mixture):
+            return generate(inputs, *args, **kwargs)
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Refuse: the bundle's folder is the saved form, and this would write the dense expert alone."""
+        raise BundleError(
+            Problem(str(self.opened.path), "a routed model is not saved anew", "copy the bundle's folder")
+        )
+
+    def before_pass(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell all mixers the parts of the batch that is about to run; a forward hook of the decoder."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        given = ids if ids is not None else kwargs["inputs_embeds"]
+        weights = self.state.weights
+        if weights is None:
+            weights = self._weights_of_call(ids, kwargs)
+        shape = (given.shape[0], given.shape[1])
+        last = self.state.planned
+        if last and last.weights is weights and last.shape == shape and not last.division.waits:
+            return
+        rows = spread(weights, shape[0], str(self.opened.path))
+        division = divide(rows, shape[1], self.opened.cache, self.opened.switch)
+        self.state = replace(self.state, planned=Planned(weights, shape, division))
+        self._set_division(division)
+
+    def _weights_of_call(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            hint = "wrap the calls in `with model.mixing(...)`, or use generate"
+            raise BundleError(Problem("", "the mixture of a sequence that goes on is not known", hint))
+        return self._route_batch(ids, kwargs.get("attention_mask"))
+
+    def _route_batch(self, ids: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        if ids is None:
+            raise BundleError(Problem("", "there are no token ids to route on", "give a mixture, as mixture='dense'"))
+        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        prompts = [row[kept].tolist() for row, kept in zip(ids, keep, strict=True)]
+        return torch.from_numpy(self.route(prompts).weights).to(self.device)
+
+    def _set_division(self, division: Division | None) -> None:
+        parts = division.parts if division else ()
+        for mixer in self.opened.mixers:
+            mixer.parts = parts

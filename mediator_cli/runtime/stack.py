@@ -1,0 +1,157 @@
+"""The sparse experts of one matrix, stacked for use: products of a few tokens, and whole mixed matrices.
+
+Both ways compute x · (dense + Σ weight · delta)ᵀ. The product never builds the mixed matrix; it costs per kept entry
+and token. The mixed matrix costs a copy of the dense one, once for each mixture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mediator_cli.bundle.sparse_file import SparseDelta
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Entries that the expert alone has exactly: flat positions [k] and their values [k]."""
+
+    positions: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The deltas of all experts of one matrix [rows, columns], below each other in compressed rows.
+
+    `starts` [experts · rows + 1] and `columns` [k] are int32, `values` [k] float32; `overrides` has one per expert.
+    """
+
+    shape: tuple[int, int]
+    starts: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+    overrides: tuple[Overrides | None, ...]
+
+    @property
+    def n_experts(self) -> int:
+        """Count the experts."""
+        return len(self.overrides)
+
+    @property
+    def n_bytes(self) -> int:
+        """Count the bytes held."""
+        held = [self.starts, self.columns, self.values]
+        held += [tensor for item in self.overrides if item for tensor in (item.positions, item.values)]
+        return sum(tensor.nbytes for tensor in held)
+
+
+def stack_deltas(deltas: Sequence[SparseDelta | None], shape: tuple[int, int], device: torch.device) -> Stack:
+    """Stack one matrix's deltas in the order of experts; None where an expert keeps nothing of it."""
+    n_rows, n_columns = shape
+    counts = torch.zeros(len(deltas) * n_rows, dtype=torch.int64)
+    for expert, delta in enumerate(deltas):
+        if delta is not None:
+            counts[expert * n_rows : (expert + 1) * n_rows] = torch.bincount(
+                delta.positions // n_columns, minlength=n_rows
+            )
+    kept = [delta for delta in deltas if delta is not None]
+    columns = [(delta.positions % n_columns).int() for delta in kept]
+    return Stack(
+        shape,
+        torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int().to(device),
+        torch.cat([torch.empty(0, dtype=torch.int32), *columns]).to(device),
+        torch.cat([torch.empty(0), *(delta.values for delta in kept)]).to(device),
+        tuple(_overrides(delta, device) for delta in deltas),
+    )
+
+
+def _overrides(delta: SparseDelta | None, device: torch.device) -> Overrides | None:
+    if delta is None or delta.override_values is None:
+        return None
+    return Overrides(delta.override_positions.to(device), delta.override_values.to(device))
+
+
+def mixed_matrix(dense: torch.Tensor, stack: Stack, weights: Sequence[float]) -> torch.Tensor:
+    """Build dense + Σ weight · delta as the bundle's reader does: float32, in the order of experts, rounded once."""
+    used = [expert for expert, weight in enumerate(weights) if weight != 0]
+    if len(used) == 1:
+        return _one_expert(dense, stack, used[0], weights[used[0]])
+    mixed = dense.flatten().to(torch.float32, copy=True)
+    for expert in used:
+        positions, values = _entries(stack, expert)
+        mixed.index_add_(0, positions, values * weights[expert])
+    return mixed.to(dense.dtype).view(dense.shape)
+
+
+def _one_expert(dense: torch.Tensor, stack: Stack, expert: int, weight: float) -> torch.Tensor:
+    # Entries that the expert does not touch keep their bits, so only the others pass through float32.
+    mixed = dense.flatten().clone()
+    positions, values = _entries(stack, expert)
+    mixed[positions] = (mixed[positions].float() + values * weight).to(dense.dtype)
+    overrides = stack.overrides[expert]
+    if weight == 1.0 and overrides is not None:
+        mixed[overrides.positions] = overrides.values.to(dense.dtype)
+    return mixed.view(dense.shape)
+
+
+def _entries(stack: Stack, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    starts, columns, values = _part(stack, expert, 1)
+    rows = torch.arange(stack.shape[0], device=starts.device).repeat_interleave(starts.diff())
+    return rows * stack.shape[1] + columns, values
+
+
+def _part(stack: Stack, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n_rows = stack.shape[0]
+    starts = stack.starts[first * n_rows : (first + count) * n_rows + 1]
+    kept = slice(int(starts[0]), int(starts[-1]))
+    return starts - starts[0], stack.columns[kept], stack.values[kept]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of neighbouring experts of a stack, as a matrix that torch multiplies."""
+
+    first: int
+    count: int
+    matrix: torch.Tensor
+
+
+def slice_stack(stack: Stack, used: Sequence[int]) -> Slice:
+    """Take the shortest run of experts that holds all used ones; shares the stack's memory."""
+    first, count = min(used), max(used) - min(used) + 1
+    starts, columns, values = _part(stack, first, count)
+    shape = (count * stack.shape[0], stack.shape[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    return Slice(first, count, matrix)
+
+
+def sparse_product(part: Slice, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Compute Σ weight · x · deltaᵀ in float32: x [tokens, columns], weights [tokens, experts] → [tokens, rows]."""
+    products = torch.sparse.mm(part.matrix, x.float().t().contiguous())
+    products = products.view(part.count, -1, len(x))
+    scales = weights[:, part.first : part.first + part.count].t()
+    return torch.einsum("eot,et->to", products, scales)
+
+
+def sparse_rows(stack: Stack, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum weight · delta of single rows: indices [tokens], weights [tokens, experts] → float32 [tokens, columns]."""
+    total = torch.zeros(len(indices), stack.shape[1], device=indices.device)
+    for expert in range(stack.n_experts):
+        at = indices + expert * stack.shape[0]
+        first = stack.starts[at].long()
+        counts = stack.starts[at + 1].long() - first
+        tokens = torch.arange(len(indices), device=indices.device).repeat_interleave(counts)
+        within = torch.arange(len(tokens), device=indices.device) - (counts.cumsum(0) - counts)[tokens]
+        kept = first[tokens] + within
+        values = stack.values[kept] * weights[tokens, expert]
+        total.index_put_((tokens, stack.columns[kept].long()), values, accumulate=True)
+    return total

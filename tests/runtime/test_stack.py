@@ -1,0 +1,103 @@
+"""Products and mixed matrices of stacked sparse experts against dense arithmetic."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mediator_cli.bundle.sparse_file import SparseDelta
+from mediator_cli.runtime.stack import Stack, mixed_matrix, slice_stack, sparse_product, sparse_rows, stack_deltas
+
+CPU = torch.device("cpu")
+WEIGHTS = st.lists(st.sampled_from([0.0, 0.25, 0.7, 1.0, -0.5]), min_size=3, max_size=3)
+
+
+def delta(shape: tuple[int, int], seed: int, density: float = 0.3, overrides: int = 0) -> SparseDelta:
+    generator = torch.Generator().manual_seed(seed)
+    size = shape[0] * shape[1]
+    positions = torch.nonzero(torch.rand(size, generator=generator) < density).flatten()
+    values = torch.randn(len(positions), generator=generator)
+    chosen = positions[:overrides]
+    exact = torch.randn(len(chosen), generator=generator).bfloat16() if overrides else None
+    return SparseDelta(shape, positions, values, chosen if overrides else torch.empty(0, dtype=torch.int64), exact)
+
+
+def dense_delta(item: SparseDelta | None, shape: tuple[int, int]) -> torch.Tensor:
+    flat = torch.zeros(shape).flatten()
+    if item is not None:
+        flat[item.positions] = item.values
+    return flat.view(shape)
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 9), seed=st.integers(0, 10**6), weights=WEIGHTS)
+def test_all_three_ways_compute_dense_plus_weighted_deltas(
+    rows: int, columns: int, seed: int, weights: list[float]
+) -> None:
+    shape = (rows, columns)
+    deltas = [delta(shape, seed), None, delta(shape, seed + 1, density=0.9)]
+    stack = stack_deltas(deltas, shape, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(shape, generator=generator)
+    x = torch.randn(4, columns, generator=generator)
+    expected = dense + sum(w * dense_delta(item, shape) for w, item in zip(weights, deltas, strict=True))
+
+    mixed = mixed_matrix(dense, stack, weights)
+    torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-6)
+
+    each = torch.tensor([weights] * 4)
+    used = [at for at, weight in enumerate(weights) if weight] or [0]
+    product = sparse_product(slice_stack(stack, used), x, each)
+    torch.testing.assert_close(x @ dense.T + product, x @ expected.T, atol=1e-4, rtol=1e-5)
+
+    indices = torch.arange(4) % rows
+    torch.testing.assert_close(dense[indices] + sparse_rows(stack, indices, each), expected[indices])
+
+
+def test_each_token_has_its_own_weights() -> None:
+    shape = (3, 4)
+    deltas = [delta(shape, 1), delta(shape, 2), delta(shape, 3)]
+    stack = stack_deltas(deltas, shape, CPU)
+    x, weights = torch.randn(2, 4), torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 2.0]])
+    found = sparse_product(slice_stack(stack, [0, 1, 2]), x, weights)
+    rows = [
+        x[at] @ sum(w * dense_delta(d, shape) for w, d in zip(weights[at].tolist(), deltas, strict=True)).T
+        for at in range(2)
+    ]
+    torch.testing.assert_close(found, torch.stack(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_single_expert_is_mixed_bit_for_bit_as_the_bundle_is_read(dtype: torch.dtype) -> None:
+    shape = (6, 5)
+    item = delta(shape, 5, overrides=4)
+    stack = stack_deltas([None, item], shape, CPU)
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    before = dense.clone()
+    for weight in (1.0, 0.3):
+        assert torch.equal(mixed_matrix(dense, stack, [0.0, weight]), item.add_to(dense, weight))
+    assert torch.equal(dense, before)
+
+
+def test_overrides_do_not_reach_a_mixture_of_two() -> None:
+    shape = (2, 3)
+    item = delta(shape, 5, density=0.9, overrides=2)
+    stack = stack_deltas([item, delta(shape, 6)], shape, CPU)
+    dense = torch.ones(shape)
+    expected = dense + dense_delta(item, shape) + 0.5 * dense_delta(delta(shape, 6), shape)
+    torch.testing.assert_close(mixed_matrix(dense, stack, [1.0, 0.5]), expected)
+
+
+def test_no_weights_give_a_copy_of_the_dense_matrix() -> None:
+    stack = stack_deltas([delta((2, 2), 1)], (2, 2), CPU)
+    dense = torch.randn(2, 2)
+    mixed = mixed_matrix(dense, stack, [0.0])
+    assert torch.equal(mixed, dense)
+    assert mixed.data_ptr() != dense.data_ptr()
+
+
+def test_a_slice_shares_the_memory_of_its_stack() -> None:
+    stack: Stack = stack_deltas([delta((4, 4), seed) for seed in range(3)], (4, 4), CPU)
+    part = slice_stack(stack, [1, 2])
+    assert (part.first, part.count) == (1, 2)
+    start = int(stack.starts[4])
+    assert part.matrix.values().data_ptr() == stack.values[start:].data_ptr()
