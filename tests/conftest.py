@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from safetensors.torch import load_file, save_file
+from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
 from mediator_cli.cli.app import main
@@ -150,6 +151,31 @@ def workshop(tmp_path: Path) -> Workshop:
         write_checkpoint(tmp_path / name, tensors)
     write_adapter(tmp_path / "lora", 3)
     return made
+
+
+ROUTE_ALL = {"assign": {"rule": "all"}, "extract": {"density": 0.5}}
+
+
+def with_prompts(*names: str) -> list[dict[str, str]]:
+    """Give the recipe's entries of experts with their prompts."""
+    return [{"name": name, "model": f"./{name}", "prompts": f"./{name}.jsonl"} for name in names or ("a", "b")]
+
+
+@pytest.fixture
+def shop(workshop: Workshop) -> Workshop:
+    """A workshop with prompts for a and b, and a tokenizer of twenty words."""
+    write_prompts(workshop.folder / "a.jsonl", task_prompts(SUMS))
+    write_prompts(workshop.folder / "b.jsonl", task_prompts(FILMS))
+    for name in ("base", "a", "b"):
+        (workshop.folder / name / "chat_template.jinja").unlink()
+        word_tokenizer().save_pretrained(workshop.folder / name)
+    return workshop
+
+
+@pytest.fixture
+def routed(shop: Workshop) -> Path:
+    """A bundle with a router for a and b."""
+    return shop.merge("out", experts=with_prompts(), **ROUTE_ALL)
 
 
 @dataclass(frozen=True)

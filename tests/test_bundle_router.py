@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import all_files, edit_json
+from conftest import ROUTE_ALL, all_files, edit_json, with_prompts
 from safetensors.numpy import load_file, save_file
 from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 
@@ -19,27 +19,11 @@ from mediator_cli.pipeline.router import refit_router, route_texts
 from mediator_cli.recipe.router import PolicySpec, RouterSpec
 from mediator_cli.runtime.router import read_router
 
-ALL = {"assign": {"rule": "all"}, "extract": {"density": 0.5}}
 
 
 @pytest.fixture
-def shop(workshop):
-    """A workshop with prompts for a and b, and a tokenizer of twenty words."""
-    write_prompts(workshop.folder / "a.jsonl", task_prompts(SUMS))
-    write_prompts(workshop.folder / "b.jsonl", task_prompts(FILMS))
-    for name in ("base", "a", "b"):
-        (workshop.folder / name / "chat_template.jinja").unlink()
-        word_tokenizer().save_pretrained(workshop.folder / name)
-    return workshop
-
-
-def experts(*names):
-    return [{"name": name, "model": f"./{name}", "prompts": f"./{name}.jsonl"} for name in names or ("a", "b")]
-
-
-@pytest.fixture
-def bundle(shop):
-    return shop.merge("out", experts=experts(), **ALL)
+def bundle(routed):
+    return routed
 
 
 def files(shop, **others):
@@ -85,7 +69,7 @@ def test_the_file_is_described_in_the_manifest_and_nowhere_else(bundle):
 
 
 def test_the_same_recipe_gives_the_same_router(shop, bundle):
-    other = shop.merge("other", experts=experts(), **ALL)
+    other = shop.merge("other", experts=with_prompts(), **ROUTE_ALL)
     assert (other / ROUTER).read_bytes() == (bundle / ROUTER).read_bytes()
     assert read_manifest(other).router == read_manifest(bundle).router
     assert read_manifest(other).digest == read_manifest(bundle).digest
@@ -107,7 +91,7 @@ def test_the_model_card_tells_how_often_the_router_is_right(bundle):
     ],
 )
 def test_every_kind_of_router_is_merged_and_routes(shop, router, expected):
-    bundle = shop.merge("out", experts=experts(), router=router, **ALL)
+    bundle = shop.merge("out", experts=with_prompts(), router=router, **ROUTE_ALL)
     record = read_manifest(bundle).router
     assert (record.features, record.layer, record.classifier, record.size) == expected
     _, routing = route_texts(bundle, ["two plus three", "dull film plot"])
@@ -117,13 +101,13 @@ def test_every_kind_of_router_is_merged_and_routes(shop, router, expected):
 
 def test_the_policy_of_the_recipe_decides(shop):
     policy = {"rule": "fixed", "weights": {"b": 0.3}}
-    bundle = shop.merge("out", experts=experts(), router={"policy": policy}, **ALL)
+    bundle = shop.merge("out", experts=with_prompts(), router={"policy": policy}, **ROUTE_ALL)
     assert route_texts(bundle, ["two plus three"])[1].weights.tolist() == [[0.0, pytest.approx(0.3)]]
 
 
 @pytest.mark.parametrize("assign", [{"rule": "none"}, {"rule": "top_k", "k": 0}])
 def test_where_nothing_is_routed_no_router_is_fitted(shop, assign):
-    bundle = shop.merge("out", experts=experts(), assign=assign)
+    bundle = shop.merge("out", experts=with_prompts(), assign=assign)
     manifest = read_manifest(bundle)
     assert manifest.router is None
     assert not (bundle / ROUTER).exists()
@@ -138,7 +122,7 @@ def test_two_identical_tasks_are_refused_before_anything_is_merged(shop):
     shutil.copy(shop.folder / "a.jsonl", shop.folder / "b.jsonl")
     before = all_files(shop.folder)
     with pytest.raises(MediatorError, match="a and b share 60 of 60 prompts") as raised:
-        shop.merge("out", experts=experts(), **ALL)
+        shop.merge("out", experts=with_prompts(), **ROUTE_ALL)
     assert raised.value.problems[0].place == f"{shop.folder}/out.yaml:3 experts: prompts"
     assert all_files(shop.folder).keys() - before.keys() == {"out.yaml"}
 
@@ -147,12 +131,12 @@ def test_a_tokenizer_that_does_not_work_is_refused_before_anything_is_merged(sho
     (shop.folder / "base" / "tokenizer.json").write_text('{"version": "1.0"}')
     before = all_files(shop.folder)
     with pytest.raises(MediatorError, match="has no usable tokenizer"):
-        shop.merge("out", experts=experts(), **ALL)
+        shop.merge("out", experts=with_prompts(), **ROUTE_ALL)
     assert all_files(shop.folder).keys() - before.keys() == {"out.yaml"}
 
 
 def test_sources_without_a_usable_tokenizer_merge_without_prompts(workshop):
-    assert read_manifest(workshop.merge("out", **ALL)).router is None
+    assert read_manifest(workshop.merge("out", **ROUTE_ALL)).router is None
 
 
 def test_a_missing_router_is_told(bundle):
@@ -194,7 +178,7 @@ def test_a_router_whose_file_leads_out_of_the_bundle_is_refused(bundle):
 
 
 def test_a_router_of_another_feature_size_is_refused(shop, bundle):
-    other = shop.merge("other", experts=experts(), router={"features": "text"}, **ALL)
+    other = shop.merge("other", experts=with_prompts(), router={"features": "text"}, **ROUTE_ALL)
     shutil.copy(other / ROUTER, bundle / ROUTER)
     with pytest.raises(BundleError, match="as the manifest's router needs"):
         route_texts(bundle, ["two"])
@@ -223,7 +207,7 @@ def test_a_router_is_fitted_anew_on_other_prompts(shop, bundle):
 
 
 def test_a_bundle_without_a_router_gets_one(shop):
-    bundle = shop.merge("out", **ALL)
+    bundle = shop.merge("out", **ROUTE_ALL)
     assert read_manifest(bundle).router is None
     refit_router(bundle, files(shop), RouterSpec())
     assert read_manifest(bundle).router.experts == ("a", "b")
@@ -249,7 +233,7 @@ def test_noted_prompts_are_used_only_while_they_are_the_same(shop, bundle, monke
 
 
 def test_prompts_that_were_never_noted_have_to_be_given(shop):
-    bundle = shop.merge("out", **ALL)
+    bundle = shop.merge("out", **ROUTE_ALL)
     with pytest.raises(BundleError, match="notes no prompts of b"):
         refit_router(bundle, {"a": shop.folder / "a.jsonl"}, RouterSpec())
 

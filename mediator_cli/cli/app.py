@@ -10,9 +10,12 @@ from typing import Annotated
 
 import typer
 
+from mediator_cli.cli.ablate import ablate
 from mediator_cli.cli.analyze_conflicts import analyze_conflicts
+from mediator_cli.cli.chat import chat
 from mediator_cli.cli.evaluate import evaluate
 from mediator_cli.cli.fit_router import fit_router
+from mediator_cli.cli.generate import generate
 from mediator_cli.cli.inspect import inspect
 from mediator_cli.cli.merge import merge
 from mediator_cli.cli.methods import methods
@@ -57,7 +60,10 @@ for command in (
     verify,
     fit_router,
     route,
+    generate,
+    chat,
     evaluate,
+    ablate,
     methods,
     schema,
 ):

@@ -59,7 +59,7 @@ def evaluate(
     from mediator_cli.evaluate.models import find_candidates
     from mediator_cli.evaluate.tasks import load_tasks
 
-    models, files = _sorted_out(names, tasks or [])
+    models, files = sorted_out(names, tasks or [])
     if harness is not None:
         _harness(find_candidates(models, [], base), harness.split(","), files, limit, as_json)
         return
@@ -77,7 +77,7 @@ def evaluate(
     _write(report, candidates, markdown, card)
 
 
-def _sorted_out(names: Sequence[str], tasks: Sequence[Path]) -> tuple[list[str], list[Path]]:
+def sorted_out(names: Sequence[str], tasks: Sequence[Path]) -> tuple[list[str], list[Path]]:
     """Move files of rows from the models to the tasks: the shell writes `--tasks *.jsonl` as one task and the rest."""
     files = [Path(name) for name in names if name.endswith(".jsonl") and Path(name).is_file()]
     return [name for name in names if Path(name) not in files], [*tasks, *files]
@@ -127,16 +127,16 @@ def _write(report: Report, candidates: Sequence[Candidate], markdown: Path | Non
     from mediator_cli.checkpoint.write import write_error
     from mediator_cli.evaluate.card import write_results
     from mediator_cli.evaluate.report import markdown as markdown_of
+    from mediator_cli.evaluate.report import with_short_names
 
-    text = markdown_of(report)
     if markdown is not None:
         try:
-            markdown.write_text(text, encoding="utf-8")
+            markdown.write_text(markdown_of(report), encoding="utf-8")
         except OSError as error:
             raise write_error(markdown, error) from None
     if card:
         for folder in dict.fromkeys(item.path for item in candidates if item.kind == "bundle"):
-            write_results(folder, text)
+            write_results(folder, markdown_of(with_short_names(report)))
 
 
 def _harness(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.compare.store import open_store
+from mediator_cli.evaluate.models import Candidate, find_candidates, load_candidate
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.pipeline.merge import Settings, merge
 from mediator_cli.plan.make import make_plan
@@ -129,18 +130,14 @@ class Made:
         return self.opened[name]
 
     def _load(self, name: str) -> Loaded:
-        from mediator_cli.runtime.open import load_dense, open_bundle
-        from mediator_cli.runtime.prompts import load_tokenizer
-
         base = self.plan.base.path
         if self.variant.model == "bundle":
-            return open_bundle(self.build()), load_tokenizer(base)
-        if self.variant.model == "base":
-            return load_dense(base), load_tokenizer(base)
-        from mediator_cli.evaluate.models import load_expert
-
-        source = next(expert.source.path for expert in self.plan.experts if expert.name == name)
-        return load_expert(source, base), load_tokenizer(base)
+            return load_candidate(Candidate("", self.build(), "bundle"))
+        folder = base
+        if self.variant.model == "experts":
+            folder = next(expert.source.path for expert in self.plan.experts if expert.name == name)
+        (candidate,) = find_candidates([str(folder)], [], base)
+        return load_candidate(candidate)
 
     def store(self, name: str = "") -> Store:
         """Open the scores of the model."""
@@ -163,7 +160,7 @@ class Made:
 
 
 def _without_prompts(plan: Plan) -> Plan:
-    return replace(plan, experts=tuple(replace(expert, prompts=None) for expert in plan.experts))
+    return replace(plan, experts=tuple(replace(expert, prompts=None) for expert in plan.experts), router=None)
 
 
 def _score(made: Made, variant: Variant) -> Outcome:

@@ -137,7 +137,9 @@ def _logits(job: Job, batch: Batch, opening: Opening) -> torch.Tensor:
     inputs: dict[str, Any] = {
         "input_ids": torch.from_numpy(batch.ids).to(device),
         "position_ids": torch.from_numpy(batch.positions).to(device),
-        "attention_mask": _mask(batch, model) if job.is_tree else torch.from_numpy(batch.mask[:, -1].astype(np.int64)),
+        "attention_mask": _tree_mask(batch, model)
+        if job.is_tree
+        else torch.from_numpy(batch.mask[:, -1]).long().to(device),
         "logits_to_keep": batch.n_kept,
         "use_cache": opening.cache is not None,
     }
@@ -151,7 +153,7 @@ def _logits(job: Job, batch: Batch, opening: Opening) -> torch.Tensor:
     return logits[:, -batch.n_kept :]
 
 
-def _mask(batch: Batch, model: PreTrainedModel) -> torch.Tensor:
+def _tree_mask(batch: Batch, model: PreTrainedModel) -> torch.Tensor:
     """Write the mask as sums to attention scores, the one form that all attention kernels take."""
     sees = torch.from_numpy(batch.mask).to(model.device)[:, None]
     blank = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)

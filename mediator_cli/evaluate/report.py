@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,6 +124,15 @@ def _bootstrap(gains: NDArray[np.int64], generator: np.random.Generator) -> NDAr
 def _difference(model: str, task: str | None, mean: float, drawn: NDArray[np.float64]) -> Difference:
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     return Difference(model, task, mean, low, high)
+
+
+def with_short_names(report: Report) -> Report:
+    """Name models by the last part of their path, for a report that travels; as they are where two would be alike."""
+    short = {model.name: PurePath(model.name).name for model in report.models}
+    if len(set(short.values())) < len(short):
+        return report
+    models = tuple(replace(model, name=short[model.name]) for model in report.models)
+    return Report(models, tuple(replace(found, model=short[found.model]) for found in report.differences))
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.mixing import as_weights, divide, spread
+from mediator_cli.runtime.routing import route_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,10 +75,12 @@ class RoutedModel(PreTrainedModel):
 
         Raises BundleError when the bundle has no router or a prompt is empty.
         """
-        from mediator_cli.runtime.routing import route_prompts
-
+        router, tokenizer = self.opened.router, self.opened.tokenizer
+        if router is None or tokenizer is None:
+            hint = "fit one with `mediator fit-router`, or give a mixture"
+            raise BundleError(Problem(str(self.opened.path), "the bundle has no router", hint))
         with self.mixing("dense"):
-            return route_prompts(self, prompts)
+            return route_prompts(self, tokenizer, router, prompts)
 
     @contextmanager
     def mixing(self, mixture: Wanted) -> Iterator[None]:

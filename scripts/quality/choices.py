@@ -24,15 +24,25 @@ STATIC_GRID = {
     ],
 }
 
+ALL_LAYERS = ("assign.rule=listed", "assign.units=['model.layers.*']")
+HALF_OF_LAYERS = ("assign.rule=mean_std",)
+DENSE = {
+    "base": ("extract.dense=base",),
+    "linear": ("average.method=linear",),
+    "task arithmetic 0.4": ("average.method=task_arithmetic", "average.lambda=0.4"),
+    "ties 0.2": ("average.method=ties", "average.density=0.2"),
+}
 BUNDLE_GRID = {
-    f"{rule} {values} {density:g}": (
-        f"assign.rule={rule}",
+    f"{rule} {values} {density:g} on {dense}": (
+        *layers,
         f"extract.density={density}",
         f"extract.values={values}",
+        *changes,
     )
-    for rule in ("mean_std", "all")
-    for values in ("bf16", "int8", "sign")
-    for density in (0.1, 0.05, 0.02)
+    for dense, changes in DENSE.items()
+    for rule, layers in {"all layers": ALL_LAYERS, "conflicted layers": HALF_OF_LAYERS}.items()
+    for values, density in (("sign", 0.05), ("bf16", 0.1), ("sign", 0.1), ("sign", 0.02), ("bf16", 0.05))
+    if dense in ("linear", "ties 0.2") or (values, density) == ("sign", 0.05)
 }
 
 
