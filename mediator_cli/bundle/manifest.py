@@ -79,7 +79,7 @@ class SparseUnitRecord(Record):
 
     n_kept: int
     n_entries: int
-    energy: Annotated[float, Field(description="1 - |delta - stored|² / |delta|²; 1 for an empty delta.")]
+    energy: Annotated[float, Field(description="1 - |delta - stored|² / |delta|² before rescaling; 1 for none.")]
 
 
 class SparseRecord(Record):
@@ -96,7 +96,7 @@ class ExtractRecord(Record):
     dense: Literal["average", "base"]
     density: float
     select: str
-    rescale: bool
+    rescale: float
     values: str
 
 

@@ -55,7 +55,7 @@ def routed(name: str = "Mediator") -> Iterator[Variant]:
 def assignments(scores: Mapping[str, float], n_routed: int, draws: int, seed: int) -> Iterator[Variant]:
     """Give all layers routed, and as many as the recipe routes: the least and most conflicting, and random ones."""
     layers = sorted(scores, key=lambda unit: scores[unit])
-    yield Variant("assignment", "all layers routed", changes=_listed(layers))
+    yield Variant("assignment", "all layers routed", changes=("assign.rule=all", "assign.candidates=layers"))
     yield Variant("assignment", f"{n_routed} layers of lowest conflict", changes=_listed(layers[:n_routed]))
     yield Variant("assignment", f"{n_routed} layers of highest conflict", changes=_listed(layers[-n_routed:]))
     for draw in range(draws):

@@ -139,7 +139,7 @@ def _scale(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> float:
         total, count = sum_blocks(map(_per_block(sign_sums), _kept_values(job, tensor, threshold))).tolist()
         return total / count if count else 1.0
     if tensor.extract.values == "int8" and 0 < threshold.bound < float("inf"):
-        scales = scale_candidates(threshold.bound * _factor(tensor))
+        scales = scale_candidates(threshold.bound * tensor.extract.rescale)
         errors = _per_block(partial(scale_errors, scales=scales))
         scale = float(scales[sum_blocks(map(errors, _kept_values(job, tensor, threshold))).argmin()])
         for _ in range(_REFINEMENTS):
@@ -152,7 +152,7 @@ def _scale(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> float:
 
 def _kept_values(job: Extraction, tensor: TensorPlan, threshold: Threshold) -> Iterator[tuple[torch.Tensor, ...]]:
     """Give each slab's kept values, block by block."""
-    factor = _factor(tensor)
+    factor = tensor.extract.rescale
     for _, part, mask in _masked(job, tensor, threshold):
         blocks = zip(blocks_of(part.delta), blocks_of(mask), strict=True)
         yield tuple(delta[kept] * factor for delta, kept in blocks)
@@ -162,10 +162,6 @@ def _per_block(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
     return lambda blocks: torch.stack([function(block) for block in blocks])
-
-
-def _factor(tensor: TensorPlan) -> float:
-    return 1.0 / tensor.extract.density if tensor.extract.rescale else 1.0
 
 
 def _extract_tensor(job: Extraction, tensor: TensorPlan, writer: SparseFileWriter) -> Kept:
@@ -201,14 +197,15 @@ class _Coder:
         extract = self.tensor.extract
         local = torch.nonzero(mask).flatten()
         self._note_positions(piece, local, mask)
-        stored = encode_values(part.delta[local] * _factor(self.tensor), extract.values, self.scale)
+        stored = encode_values(part.delta[local] * extract.rescale, extract.values, self.scale)
         decoded = decode_values(stored, extract.values, self.scale)
         wide = part.delta.double()
         missing = wide.clone()
-        missing[local] -= decoded.double()
+        # Rescaled values are meant to overshoot; what is kept is judged before.
+        missing[local] -= decoded.double() / extract.rescale
         self.squares = sum_blocks([_square_sums(wide, missing)], self.squares)
         self.n_kept += len(local)
-        if extract.density == 1 and extract.values in _LOSSLESS and not extract.rescale:
+        if extract.density == 1 and extract.values in _LOSSLESS and extract.rescale == 1:
             self._note_overrides(piece, part, local, decoded)
         return stored
 

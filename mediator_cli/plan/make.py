@@ -133,7 +133,9 @@ def _assemble(
 
 def _is_candidate(loaded: LoadedRecipe, unit: str) -> bool:
     # A layer's own name has no part behind its number, so ask as if for a tensor of it.
-    return loaded.recipe.assign.candidates == "all" or place_of(f"{unit}.weight").layer is not None
+    spec = loaded.recipe.assign
+    chosen = spec.candidates or ("all" if spec.rule == "all" else "layers")
+    return chosen == "all" or place_of(f"{unit}.weight").layer is not None
 
 
 def _tensor_plan(loaded: LoadedRecipe, base: Checkpoint, name: str, methods: list[ResolvedMethod]) -> TensorPlan:
@@ -160,7 +162,8 @@ def _written(dtype: str) -> str:
 def resolve_extract(extract: ExtractSpec) -> ResolvedExtract:
     """Fill the defaults in that depend on other fields."""
     rescale = extract.select == "random" if extract.rescale is None else extract.rescale
-    return ResolvedExtract(extract.density, extract.select, rescale, extract.values)
+    factor = (1 / extract.density if rescale else 1.0) if isinstance(rescale, bool) else rescale
+    return ResolvedExtract(extract.density, extract.select, factor, extract.values)
 
 
 def _notices(

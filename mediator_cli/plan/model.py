@@ -42,11 +42,11 @@ class ExpertSource:
 
 @dataclass(frozen=True)
 class ResolvedExtract:
-    """How sparse experts of one tensor are made, after overrides and defaults."""
+    """How sparse experts of one tensor are made, after overrides and defaults; `rescale` multiplies kept values."""
 
     density: float
     select: Literal["magnitude", "random"]
-    rescale: bool
+    rescale: float
     values: ValueCodec
 
 

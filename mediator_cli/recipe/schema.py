@@ -80,7 +80,7 @@ class ConflictSpec(Strict):
 
 RULE_FIELDS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "all": (),
+    "all": ("candidates",),
     "threshold": ("threshold", "candidates"),
     "top_k": ("k", "candidates"),
     "mean_std": ("std", "candidates"),
@@ -95,7 +95,7 @@ class AssignSpec(Strict):
     rule: Annotated[
         Rule,
         Field(
-            description="none: average all. all: route all. threshold: score > threshold. top_k: the k highest scores. "
+            description="none: average all. all: route all candidates. threshold: score > threshold. top_k: the k highest scores. "
             "mean_std: score > mean + std deviations. listed: the units named."
         ),
     ] = "mean_std"
@@ -108,9 +108,12 @@ class AssignSpec(Strict):
         tuple[str, ...] | None, Field(strict=False, description="Unit names or globs, for rule `listed`.")
     ] = None
     candidates: Annotated[
-        Literal["layers", "all"],
-        Field(description="layers: only decoder layers may be routed. all: embedding, final norm and head too."),
-    ] = "layers"
+        Literal["layers", "all"] | None,
+        Field(
+            description="layers: only decoder layers may be routed. all: embedding, final norm and head too. "
+            "Default: all for rule `all`, else layers."
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _fields_fit_rule(self) -> AssignSpec:
@@ -138,6 +141,15 @@ class AverageSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+Rescale = Annotated[
+    bool | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+    Field(
+        description="Multiply kept values by this number, to make up for what is not kept; true = 1 / density, "
+        "false = 1. Default: true when selected at random, else false."
+    ),
+]
+
+
 class ExtractSpec(Strict):
     """How the experts of routed units are stored: one dense expert and a sparse delta for each."""
 
@@ -146,9 +158,7 @@ class ExtractSpec(Strict):
     ] = "average"
     density: Annotated[Fraction, Field(description="Share of the entries of each tensor that are kept.")] = 0.1
     select: Annotated[Literal["magnitude", "random"], Field(description="Which entries are kept.")] = "magnitude"
-    rescale: Annotated[
-        bool | None, Field(description="Divide kept values by density; default: only when selected at random.")
-    ] = None
+    rescale: Rescale = None
     values: Annotated[ValueCodec, Field(description="How kept values are stored.")] = "bf16"
 
 
@@ -157,7 +167,7 @@ class OverrideExtract(Strict):
 
     density: Fraction | None = None
     select: Literal["magnitude", "random"] | None = None
-    rescale: bool | None = None
+    rescale: Rescale = None
     values: ValueCodec | None = None
 
 

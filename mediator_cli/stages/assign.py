@@ -23,7 +23,7 @@ def assign_units(
     scores: Mapping[str, float],
 ) -> dict[str, Decision]:
     """Decide for each unit; `scores` holds the conflict of each candidate where the rule needs it."""
-    fixed = {"none": (), "all": units, "listed": listed}
+    fixed = {"none": (), "all": candidates, "listed": listed}
     routed = fixed[spec.rule] if spec.rule in fixed else _by_score(spec, candidates, scores)
     return {unit: "route" if unit in routed else "average" for unit in units}
 

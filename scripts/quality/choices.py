@@ -24,7 +24,7 @@ STATIC_GRID = {
     ],
 }
 
-ALL_LAYERS = ("assign.rule=listed", "assign.units=['model.layers.*']")
+ALL_LAYERS = ("assign.rule=all", "assign.candidates=layers")
 HALF_OF_LAYERS = ("assign.rule=mean_std",)
 DENSE = {
     "base": ("extract.dense=base",),

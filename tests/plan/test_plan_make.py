@@ -100,17 +100,18 @@ def test_an_override_of_one_kind_leaves_the_other_alone(workshop):
 @pytest.mark.parametrize(
     ("extract", "rescale"),
     [
-        ({}, False),
-        ({"select": "magnitude"}, False),
-        ({"select": "random"}, True),
-        ({"select": "random", "rescale": False}, False),
-        ({"select": "magnitude", "rescale": True}, True),
+        ({"density": 0.5}, 1.0),
+        ({"density": 0.5, "select": "magnitude"}, 1.0),
+        ({"density": 0.5, "select": "random"}, 2.0),
+        ({"density": 0.5, "select": "random", "rescale": False}, 1.0),
+        ({"density": 0.5, "select": "magnitude", "rescale": True}, 2.0),
+        ({"density": 0.5, "rescale": 2.5}, 2.5),
     ],
 )
 def test_rescaling_goes_with_random_selection_unless_told(workshop, extract, rescale):
-    assert tensor_of(plan_of(workshop, extract=extract), Q0).extract.rescale is rescale
-    overridden = plan_of(workshop, overrides=[{"match": "*", "extract": {"density": 0.5, **extract}}])
-    assert tensor_of(overridden, Q0).extract.rescale is rescale
+    assert tensor_of(plan_of(workshop, extract=extract), Q0).extract.rescale == rescale
+    overridden = plan_of(workshop, overrides=[{"match": "*", "extract": extract}])
+    assert tensor_of(overridden, Q0).extract.rescale == rescale
 
 
 @pytest.mark.parametrize(
