@@ -8,7 +8,7 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow lint types imports docs docs-check bench check clean
+.PHONY: help install demo-experts demo test test-slow lint types imports docs docs-check bench bench-runtime quality check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -24,17 +24,21 @@ install: $(STAMP) ## create .venv with everything that demo, tests and docs need
 demo-experts: install
 	$(BIN)/python -m scripts.demo.experts
 
-demo: demo-experts ## build real experts, measure conflict, merge them, show the result
+demo: demo-experts ## build real experts, measure conflict, merge them, route questions, show what it is worth
 	@echo "\n== mediator analyze-conflicts $(RECIPE)"
 	$(MEDIATOR) analyze-conflicts $(RECIPE) -o demo/conflicts.json --plot demo/conflicts.png
 	@echo "\n== mediator merge $(RECIPE)"
 	$(MEDIATOR) merge $(RECIPE) --conflicts demo/conflicts.json --overwrite
+	@echo "\n== the best static merge, for comparison"
+	$(MEDIATOR) merge recipes/smollm2/static.yaml --overwrite --quiet
+	@echo "\n== what the bundle answers"
+	$(BIN)/python -m scripts.demo.show
 	@echo "\nTry next, after \`source $(VENV)/bin/activate\`:"
-	@echo "  mediator plan $(RECIPE)                     what a merge would do"
-	@echo "  mediator merge $(RECIPE) -o demo/static --set assign.rule=none"
+	@echo "  mediator chat demo/bundle                    talk with it; every turn is routed anew"
+	@echo "  mediator route demo/bundle 'Is this film any good?'"
+	@echo "  mediator generate demo/bundle 'What is 3 + 4?' --expert maths"
+	@echo "  mediator evaluate demo/base demo/bundle --tasks demo/data/maths.test.jsonl"
 	@echo "  mediator inspect demo/bundle                 what the bundle holds"
-	@echo "  mediator verify demo/bundle                  check every byte of it"
-	@echo "  mediator methods ties                        one merge method in detail"
 
 test: install ## run the tests, below 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -60,6 +64,13 @@ docs-check: install ## fail if a generated part of the docs is out of date
 
 bench: install ## time and peak memory of merging four 0.5B checkpoints
 	$(BIN)/python scripts/bench_merge.py
+
+bench-runtime: install ## time and memory of a bundle that answers, against its dense expert
+	$(BIN)/python scripts/bench_runtime.py
+
+quality: install ## the proof on real experts: all tables of the README, about an hour after make demo
+	$(BIN)/python -m scripts.quality.routers
+	$(BIN)/python -m scripts.quality
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 

@@ -1,7 +1,7 @@
 """Merge fine-tuned language models: average the layers that agree, route the layers that fight.
 
-The whole of it in one line: `merge(make_plan(load_recipe(Path("recipe.yaml"))))`. Names load on first use, so that
-importing the package costs nothing.
+The whole of it in two lines: `merge(make_plan(load_recipe(Path("recipe.yaml"))))` makes a bundle, and
+`open_bundle(folder)` opens it to answer. Names load on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ if TYPE_CHECKING:
     from mediator_cli.pipeline.merge import Settings, analyze_conflicts, merge
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_recipe
+    from mediator_cli.runtime.model import RoutedModel
+    from mediator_cli.runtime.open import open_bundle
 
 _PLACES = {
     "Bundle": "bundle.read",
     "MediatorError": "errors",
+    "RoutedModel": "runtime.model",
     "Settings": "pipeline.merge",
     "analyze_conflicts": "pipeline.merge",
     "load_recipe": "recipe.load",
     "make_plan": "plan.make",
     "merge": "pipeline.merge",
     "merge_method": "methods.registry",
+    "open_bundle": "runtime.open",
     "read_bundle": "bundle.read",
     "verify_bundle": "bundle.verify",
 }
 __all__ = [
-    "Bundle", "MediatorError", "Settings", "analyze_conflicts", "load_recipe", "make_plan", "merge", "merge_method",
-    "read_bundle", "verify_bundle",
+    "Bundle", "MediatorError", "RoutedModel", "Settings", "analyze_conflicts", "load_recipe", "make_plan", "merge",
+    "merge_method", "open_bundle", "read_bundle", "verify_bundle",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROUTE_ALL, all_files, edit_json, with_prompts
 from safetensors.numpy import load_file, save_file
-from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
+from tiny_tokens import SUMS, task_prompts, word_tokenizer, write_prompts
 
 from mediator_cli import verify_bundle
 from mediator_cli.bundle.manifest import ROUTER, read_manifest
@@ -18,7 +18,6 @@ from mediator_cli.errors import BundleError, MediatorError, OutputError
 from mediator_cli.pipeline.router import refit_router, route_texts
 from mediator_cli.recipe.router import PolicySpec, RouterSpec
 from mediator_cli.runtime.router import read_router
-
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import pytest
 from conftest import fine_tune, random_tensors, write_adapter, write_checkpoint
+from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 
-from mediator_cli import load_recipe
+from mediator_cli import load_recipe, make_plan, merge
+from mediator_cli.checkpoint.header import read_header
 from mediator_cli.cli.app import main
+from mediator_cli.compare.ablate import GROUPS
 from mediator_cli.methods import registry
+from mediator_cli.recipe.router import POLICY_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -39,12 +44,35 @@ def docs_script():
 @pytest.fixture
 def readme_folder(tmp_path, monkeypatch):
     base = random_tensors(0)
-    write_checkpoint(tmp_path / "base", base)
-    write_checkpoint(tmp_path / "maths", fine_tune(base, 1))
+    for folder, tensors in (("base", base), ("maths", fine_tune(base, 1))):
+        write_checkpoint(tmp_path / folder, tensors)
+        (tmp_path / folder / "chat_template.jinja").unlink()
+        word_tokenizer().save_pretrained(tmp_path / folder)
     write_adapter(tmp_path / "sarcasm-lora", 2)
+    for name, words in (("maths", SUMS), ("sarcasm", FILMS)):
+        prompts = task_prompts(words)
+        write_prompts(tmp_path / f"{name}.train.jsonl", prompts[:-4])
+        rows = [{"prompt": prompt, "answer": words[0], "choices": list(words[:2])} for prompt in prompts[-4:]]
+        (tmp_path / f"{name}.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(blocks(section("README.md", "One recipe from start to finish"), "yaml")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def readme_bundle(readme_folder):
+    return merge(make_plan(load_recipe(readme_folder / "recipe.yaml")), readme_folder / "bundle")
+
+
+def commands(title: str) -> list[str]:
+    return [line for line in blocks(section("README.md", title), "bash")[0].splitlines() if line.startswith("mediator")]
+
+
+def printed(code: str, page: str, capsys) -> tuple[str, dict]:
+    names: dict = {}
+    capsys.readouterr()
+    exec(compile(code, page, "exec"), names)
+    return capsys.readouterr().out, names
 
 
 def run(line: str, monkeypatch) -> None:
@@ -55,14 +83,19 @@ def run(line: str, monkeypatch) -> None:
 
 
 def test_the_readme_recipe_runs_from_start_to_finish(readme_folder, monkeypatch, capsys):
-    text = section("README.md", "One recipe from start to finish")
-    lines = [line for line in blocks(text, "bash")[0].splitlines() if line.startswith("mediator")]
-    assert len(lines) == 7
+    lines = commands("One recipe from start to finish")
+    assert len(lines) == 8
     for line in lines:
         run(line, monkeypatch)
-    manifest = json.loads((readme_folder / "bundle" / "routing_manifest.json").read_text())
-    assert set(manifest["assignment"].values()) == {"average"}
     assert "is valid: 2 experts" in capsys.readouterr().out
+    manifests = {
+        name: json.loads((readme_folder / name / "routing_manifest.json").read_text())
+        for name in ("bundle", "by-conflict", "static")
+    }
+    n_routed = {name: list(m["assignment"].values()).count("route") for name, m in manifests.items()}
+    assert n_routed["static"] == 0 < n_routed["by-conflict"] < n_routed["bundle"] == 3
+    assert manifests["bundle"]["router"]["experts"] == ["maths", "sarcasm"]
+    assert manifests["static"]["router"] is None
 
 
 def test_the_readme_python_example_gives_a_mixture(readme_folder):
@@ -73,6 +106,87 @@ def test_the_readme_python_example_gives_a_mixture(readme_folder):
     assert (readme_folder / "from-python" / "routing_manifest.json").is_file()
 
 
+def test_the_readme_commands_answer(readme_bundle, monkeypatch, capsys):
+    lines = commands("Answer with a bundle")
+    assert {line.split()[1] for line in lines} == {"route", "generate", "chat", "fit-router"}
+    for line in lines:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("two apples\n/quit\n"))
+        run(line, monkeypatch)
+    shown = capsys.readouterr()
+    assert "uncertainty" in shown.out
+    assert "maths 0.30 + sarcasm 0.70" in shown.err
+    manifest = json.loads((readme_bundle / "routing_manifest.json").read_text())
+    assert manifest["router"]["policy"]["rule"] == "posterior"
+
+
+def test_the_readme_python_example_answers(readme_bundle, capsys):
+    text, names = printed(blocks(section("README.md", "Answer with a bundle"), "python")[0], "README.md", capsys)
+    assert names["routing"].experts == ("maths", "sarcasm")
+    assert "uncertainty" in text
+    n_prompt = names["inputs"]["input_ids"].shape[1]
+    assert names["logits"].shape == (1, n_prompt, 20)
+    assert names["answer"].shape[1] > n_prompt
+    assert names["chosen"].shape[1] > n_prompt
+
+
+def test_the_readme_commands_measure(readme_bundle, readme_folder, monkeypatch, capsys):
+    static = make_plan(load_recipe(readme_folder / "recipe.yaml", ("assign.rule=none",)))
+    merge(static, readme_folder / "static")
+    lines = commands("Is it worth it?")
+    assert [line.split()[1] for line in lines] == ["evaluate", "evaluate", "ablate"]
+    for line in lines:
+        # All groups of an ablation build too many bundles for a test.
+        few = " --limit 1 --group static --group policy" if "ablate" in line else ""
+        run(line.partition("#")[0] + few, monkeypatch)
+    shown = capsys.readouterr().out
+    assert all(f"{name} against base on the mean over tasks" in shown for name in ("static", "bundle::oracle"))
+    table = (readme_folder / "ablation.md").read_text()
+    assert all(f"| {name} |" in table for name in ("base", "oracle experts", "static linear", "policy uniform"))
+    assert (readme_folder / "results.md").is_file()
+
+
+def test_the_examples_of_the_run_time_page_print_what_it_says(readme_bundle, capsys):
+    page = "mediator_cli/runtime/README.md"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == len(blocks(text, "python")) >= 2
+    for code, expected in examples:
+        assert printed(code, page, capsys)[0] == expected
+
+
+def test_the_policies_of_the_run_time_page_are_those_there_are():
+    table = section("mediator_cli/runtime/README.md", "Policies")
+    named = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
+    assert tuple(named) == tuple(POLICY_FIELDS)
+
+
+def test_the_arrays_of_a_router_stand_in_the_page_of_the_format(readme_bundle, monkeypatch):
+    run("mediator fit-router bundle --classifier ridge", monkeypatch)
+    stored = {info.name: info for info in read_header(readme_bundle / "router.safetensors").tensors}
+    sizes = {"T": 2, "n": 8, "k": stored["outside.directions"].shape[0]}
+    table = section("mediator_cli/bundle/README.md", "The router")
+    said = {}
+    for name, dtype, shape in re.findall(r"^\| `(\w+\.\w+)` \| (F32|F64) \| \[(.*?)\] \|", table, flags=re.MULTILINE):
+        entries = shape.replace("·", "*").replace("/", "//").split(", ")
+        said[name] = (dtype, tuple(eval(entry, sizes) for entry in entries))
+    assert said == {name: (info.dtype, info.shape) for name, info in stored.items()}
+
+
+def test_the_example_of_the_evaluation_page_is_read_and_scored(readme_bundle, readme_folder, capsys):
+    page = "mediator_cli/evaluate/README.md"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (readme_folder / "maths.test.jsonl").write_text(blocks(text, "json")[0])
+    _, names = printed(blocks(text, "python")[0], page, capsys)
+    (task,) = names["tasks"]
+    assert (task.name, len(task.rows)) == ("maths", 3)
+    assert [model.name for model in names["report"].models] == ["base", "bundle", "bundle::maths"]
+
+
+def test_the_groups_of_an_ablation_stand_in_the_evaluation_page():
+    table = section("mediator_cli/evaluate/README.md", "Ablation")
+    assert tuple(re.findall(r"^\| `([\w ]+)` \|", table, flags=re.MULTILINE)) == GROUPS
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_valid_form_and_a_schema_line(recipe):
     loaded = load_recipe(recipe)
@@ -80,6 +194,14 @@ def test_every_shipped_recipe_has_a_valid_form_and_a_schema_line(recipe):
     schema = first.removeprefix("# yaml-language-server: $schema=")
     assert (recipe.parent / schema).resolve() == ROOT / "recipes" / "recipe.schema.json"
     assert all(word in loaded.text for word in ("# Purpose:", "# Needs:", "# Run:"))
+
+
+@pytest.mark.parametrize("snippet", blocks((ROOT / "recipes" / "README.md").read_text(encoding="utf-8"), "yaml"))
+def test_the_ways_to_route_of_the_recipes_page_are_valid(snippet, readme_folder):
+    text = (readme_folder / "recipe.yaml").read_text()
+    others = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("assign:", "extract:")))
+    (readme_folder / "recipe.yaml").write_text(others + snippet)
+    assert make_plan(load_recipe(readme_folder / "recipe.yaml")).router is not None
 
 
 def test_there_are_recipes():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mediator_cli.cli.evaluate import sorted_out
+from mediator_cli.cli.evaluate import show_report, sorted_out, write_markdown
 from mediator_cli.cli.options import JsonOption, MemoryOption, QuietOption, RecipeArgument, SetOption, WorkersOption
-from mediator_cli.cli.output import console, print_json, print_table, say
+from mediator_cli.cli.output import console, print_notices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mediator_cli.evaluate.tasks import Task
+    from mediator_cli.plan.model import Plan
 
 
 def ablate(
@@ -38,22 +44,20 @@ def ablate(
     quiet: QuietOption = False,
 ) -> None:
     """Ask whether routing pays: change one choice of a recipe at a time and measure each. Goes on where it stopped."""
+    from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.cli.run import settings
     from mediator_cli.compare.ablate import GROUPS, REFERENCE, conflict_scores, controls, prepare
-    from mediator_cli.errors import MediatorError, Problem, did_you_mean
-    from mediator_cli.evaluate.report import as_json as json_of
-    from mediator_cli.evaluate.report import cells, notes
-    from mediator_cli.evaluate.report import markdown as markdown_of
-    from mediator_cli.evaluate.tasks import Task, load_tasks
-
-    unknown = [Problem("--group", f"no group '{g}'", did_you_mean(g, GROUPS)) for g in groups or () if g not in GROUPS]
-    if unknown:
-        raise MediatorError(unknown)
-    _, files = sorted_out(more or [], rows)
-    tasks = tuple(Task(task.name, task.rows[:limit]) for task in load_tasks(files))
-    from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.compare.run import Comparison, compare
     from mediator_cli.compare.table import report_of
+    from mediator_cli.errors import MediatorError, Problem, did_you_mean
+    from mediator_cli.evaluate.tasks import Task, load_tasks
+
+    surplus, files = sorted_out(more or [], rows)
+    problems = [Problem("--group", f"no group '{g}'", did_you_mean(g, GROUPS)) for g in groups or () if g not in GROUPS]
+    problems += [Problem(word, "is no file of rows", "give JSON lines: --tasks FILE…") for word in surplus]
+    if problems:
+        raise MediatorError(problems)
+    tasks = tuple(Task(task.name, task.rows[:limit]) for task in load_tasks(files))
 
     quiet_transformers()
 
@@ -64,13 +68,18 @@ def ablate(
     folder = work or Path(f"ablation-{recipe.stem}")
     job = Comparison(recipe, tasks, folder, tuple(changes or ()), None, settings(memory, workers), report_step)
     job, plan = prepare(job)
+    print_notices(() if quiet else _left_out(plan, tasks))
     variants = controls(plan, conflict_scores(job, plan), draws, tuple(groups or GROUPS))
     report = report_of(list(compare(job, variants)), REFERENCE)
-    if markdown is not None:
-        markdown.write_text(markdown_of(report), encoding="utf-8")
-    if as_json:
-        print_json(json_of(report))
-        return
-    print_table(*cells(report))
-    for line in notes(report):
-        say(line)
+    show_report(report, as_json)
+    write_markdown(report, markdown)
+
+
+def _left_out(plan: Plan, tasks: tuple[Task, ...]) -> Iterator[str]:
+    """Say what is not measured."""
+    if plan.router is None:
+        yield "the recipe fits no router: variants that need one are left out"
+    known = [task.name for task in tasks]
+    missing = [expert.name for expert in plan.experts if expert.name not in known]
+    if missing:
+        yield f"no rows are given for {', '.join(missing)}: means are over the other tasks"

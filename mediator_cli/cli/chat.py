@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mediator_cli.cli.generate import SeedOption, TemperatureOption, TokensOption, TopPOption
-from mediator_cli.cli.mixtures import ExpertOption, MixtureOption, mixture_text, wanted
+from mediator_cli.cli.mixtures import ExpertOption, MixtureOption, mixture_text, wanted_of
 from mediator_cli.cli.output import console, say
 
 if TYPE_CHECKING:
@@ -36,20 +37,26 @@ def chat(
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Conversation, Sampling
 
-    asked = wanted(expert, mixture)
+    asked = wanted_of(folder, expert, mixture)
     model, tokenizer = opened(folder)
     if sys.stdin.isatty():
         say(_HELP)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    conversation = Conversation()
-    while (line := _read_line()) is not None:
-        if line.startswith("/"):
-            if line == "/quit":
-                return
-            conversation, asked = _command(line, model, conversation, asked)
+    talk = Talk(Conversation(), asked)
+    while (line := _read_line()) not in (None, "/quit"):
+        if line and line.startswith("/"):
+            talk = _command(line, folder, talk)
         elif line:
-            kept = conversation.weights if pin and asked is None else asked
-            conversation = _turn(model, tokenizer, conversation, line, kept, sampling)
+            talk = _answered(model, tokenizer, talk, line, sampling, pin=pin)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation, who was asked to answer it, None = route, and the mixture that --pin keeps."""
+
+    conversation: Conversation
+    asked: Wanted | None
+    pinned: Wanted | None = None
 
 
 def _read_line() -> str | None:
@@ -59,28 +66,40 @@ def _read_line() -> str | None:
         return None
 
 
-def _command(
-    line: str, model: RoutedModel, conversation: Conversation, asked: Wanted | None
-) -> tuple[Conversation, Wanted | None]:
+def _command(line: str, folder: Path, talk: Talk) -> Talk:
     from mediator_cli.cli.output import print_problems
     from mediator_cli.errors import MediatorError
     from mediator_cli.runtime.generate import Conversation
-    from mediator_cli.runtime.mixing import as_weights
 
     word, _, name = line.partition(" ")
     if word == "/new":
-        return Conversation(), asked
-    if word == "/auto":
-        return conversation, None
-    if word == "/expert":
-        try:
-            as_weights(name.strip(), model.expert_names, "/expert")
-            return conversation, name.strip()
-        except MediatorError as error:
-            print_problems(error.problems)
-            return conversation, asked
-    say(_HELP)
-    return conversation, asked
+        return Talk(Conversation(), talk.asked)
+    if word not in ("/auto", "/expert"):
+        say(_HELP)
+        return talk
+    try:
+        return Talk(talk.conversation, wanted_of(folder, name.strip() if word == "/expert" else None, None))
+    except MediatorError as error:
+        print_problems(replace(problem, place=word) for problem in error.problems)
+        return talk
+
+
+def _answered(
+    model: RoutedModel, tokenizer: PreTrainedTokenizerBase, talk: Talk, text: str, sampling: Sampling, *, pin: bool
+) -> Talk:
+    """Answer a line; who types by hand reads what is wrong with it and goes on."""
+    from mediator_cli.cli.output import print_problems
+    from mediator_cli.errors import MediatorError
+
+    asked = talk.pinned if talk.asked is None else talk.asked
+    try:
+        conversation = _turn(model, tokenizer, talk.conversation, text, asked, sampling)
+    except MediatorError as error:
+        if not sys.stdin.isatty():
+            raise
+        print_problems(error.problems)
+        return talk
+    return Talk(conversation, talk.asked, conversation.weights if pin and talk.asked is None else None)
 
 
 def _turn(

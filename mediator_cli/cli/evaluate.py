@@ -73,7 +73,7 @@ def evaluate(
     quiet_transformers()
     with _progress(quiet or as_json) as progress:
         report = run(candidates, loaded, EvaluateSettings(limit, ScoreSettings(raw=raw), progress))
-    _show(report, as_json)
+    show_report(report, as_json)
     _write(report, candidates, markdown, card)
 
 
@@ -111,7 +111,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _show(report: Report, as_json: bool) -> None:
+def show_report(report: Report, as_json: bool) -> None:
+    """Print a report as a table with notes, or as JSON."""
     from mediator_cli.evaluate.report import as_json as json_of
     from mediator_cli.evaluate.report import cells, notes
 
@@ -124,19 +125,27 @@ def _show(report: Report, as_json: bool) -> None:
 
 
 def _write(report: Report, candidates: Sequence[Candidate], markdown: Path | None, card: bool) -> None:
-    from mediator_cli.checkpoint.write import write_error
     from mediator_cli.evaluate.card import write_results
     from mediator_cli.evaluate.report import markdown as markdown_of
     from mediator_cli.evaluate.report import with_short_names
 
-    if markdown is not None:
-        try:
-            markdown.write_text(markdown_of(report), encoding="utf-8")
-        except OSError as error:
-            raise write_error(markdown, error) from None
+    write_markdown(report, markdown)
     if card:
         for folder in dict.fromkeys(item.path for item in candidates if item.kind == "bundle"):
             write_results(folder, markdown_of(with_short_names(report)))
+
+
+def write_markdown(report: Report, file: Path | None) -> None:
+    """Write a report as Markdown where a file is given; raise OutputError when that fails."""
+    from mediator_cli.checkpoint.write import write_error
+    from mediator_cli.evaluate.report import markdown as markdown_of
+
+    if file is None:
+        return
+    try:
+        file.write_text(markdown_of(report), encoding="utf-8")
+    except OSError as error:
+        raise write_error(file, error) from None
 
 
 def _harness(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator_cli.cli.mixtures import ExpertOption, MixtureOption, mixture_text, wanted
+from mediator_cli.cli.mixtures import ExpertOption, MixtureOption, mixture_text, wanted_of
 from mediator_cli.cli.options import JsonOption, QuietOption
 from mediator_cli.cli.output import console, print_json, say
 
@@ -42,7 +42,7 @@ def generate(
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Sampling
 
-    asked = wanted(expert, mixture)
+    asked = wanted_of(folder, expert, mixture)
     model, tokenizer = opened(folder)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     started = time.monotonic()
@@ -72,8 +72,9 @@ def _answers(
     prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}], raw=raw) for text in texts]
     for prompt in prompts:
         check_length(model, prompt)
-    routing = None if asked is not None else model.route(prompts)
-    weights = as_weights(asked if routing is None else routing.weights, model.expert_names, "--mixture")
+    routing = model.route(prompts) if asked is None else None
+    decided = routing.weights if routing is not None else asked or "dense"
+    weights = as_weights(decided, model.expert_names, "--mixture")
     rows = weights.expand(len(prompts), -1).tolist()
     if streams:
         for row in rows:

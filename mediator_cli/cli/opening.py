@@ -22,10 +22,8 @@ def quiet_transformers() -> None:
 
 def opened(folder: Path) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
     """Open a bundle and its tokenizer, with a spinner on a terminal; raise BundleError when it is damaged."""
-    from mediator_cli.bundle.manifest import read_manifest
     from mediator_cli.cli.output import console
 
-    read_manifest(folder)
     with console(stderr=True).status("opening the bundle"):
         from mediator_cli.runtime.open import open_bundle
         from mediator_cli.runtime.prompts import load_tokenizer

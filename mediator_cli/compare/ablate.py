@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import to_json
+from mediator_cli.bundle.manifest import ConflictReport, read_record, to_json
+from mediator_cli.checkpoint.layout import place_of
+from mediator_cli.compare.key import conflict_key
+from mediator_cli.compare.store import save_text
 from mediator_cli.compare.variants import assignments, extractions, policies, references, routed, static_merges
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.pipeline.conflicts import scores_by_measure
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from mediator_cli.compare.run import Comparison
     from mediator_cli.compare.variants import Variant
     from mediator_cli.plan.model import Plan
+    from mediator_cli.stages.assign import Decision
 
 REFERENCE = "oracle experts"
 GROUPS = ("static", "mediator", "assignment", "density", "values", "dense expert", "policy")
@@ -36,24 +40,28 @@ STATIC = {
 def prepare(job: Comparison) -> tuple[Comparison, Plan]:
     """Check that the tasks are named like the experts, and measure conflict unless a report is at hand.
 
-    Raises CheckpointError naming tasks without an expert and recipes that route nothing.
+    Raises CheckpointError naming tasks without an expert and recipes that route nothing, before anything is merged.
     """
     plan = make_plan(load_recipe(job.recipe, job.changes))
     problems = list(_problems(job, plan))
     if problems:
         raise CheckpointError(problems)
-    if job.conflicts is not None:
-        return job, plan
-    file = job.work / "conflicts.json"
-    if not file.is_file():
-        job.say("measure conflict")
-        job.work.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_json(analyze_conflicts(plan, job.settings)), encoding="utf-8")
-    return replace(job, conflicts=file), plan
+    if job.conflicts is None:
+        file = job.work / f"conflicts-{conflict_key(plan)}.json"
+        if not file.is_file():
+            job.say("measure conflict")
+            save_text(file, to_json(analyze_conflicts(plan, job.settings)))
+        job = replace(job, conflicts=file)
+    if "route" not in _assignment(plan, conflict_scores(job, plan)).values():
+        hint = "choose another rule, or a lower threshold; `mediator analyze-conflicts` shows the scores"
+        raise CheckpointError(Problem(plan.loaded.place("assign"), "the recipe routes no unit", hint))
+    return job, plan
 
 
 def _problems(job: Comparison, plan: Plan) -> Iterator[Problem]:
     experts = [expert.name for expert in plan.experts]
+    if not job.tasks:
+        yield Problem("--tasks", "there is nothing to answer", "give rows for the experts' tasks: --tasks FILE")
     for task in job.tasks:
         if task.name not in experts:
             hint = f"a task is named by its file, up to the first dot; the experts are {', '.join(experts)}"
@@ -64,16 +72,23 @@ def _problems(job: Comparison, plan: Plan) -> Iterator[Problem]:
         yield Problem(plan.loaded.place("experts"), "there is one expert", "ablation compares ways to merge several")
 
 
+def _assignment(plan: Plan, scores: Mapping[str, float]) -> dict[str, Decision]:
+    return assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
+
+
 def controls(plan: Plan, scores: Mapping[str, float], draws: int, groups: Sequence[str] = GROUPS) -> list[Variant]:
     """List the variants of the chosen groups, base and oracle experts first; `scores` are conflict by unit."""
     recipe = plan.loaded.recipe
-    assignment = assign_units(recipe.assign, plan.units, plan.candidates, plan.listed, scores)
-    layers = {unit: scores[unit] for unit in plan.candidates if unit in scores}
+    assignment = _assignment(plan, scores)
+    units = [unit for unit in plan.units if place_of(f"{unit}.weight").layer is not None]
+    layers = {unit: scores[unit] for unit in units if unit in scores}
     n_routed = sum(assignment[unit] == "route" for unit in layers)
+    # Where the recipe routes all, which layers come first is seen on half of them.
+    n_chosen = n_routed if n_routed < len(layers) else len(layers) // 2
     makers: dict[str, Callable[[], Iterator[Variant]]] = {
         "static": lambda: static_merges(STATIC),
         "mediator": routed,
-        "assignment": lambda: assignments(layers, n_routed, draws, recipe.seed),
+        "assignment": lambda: assignments(layers, n_chosen, draws, recipe.seed, f"{recipe.conflict.unit}s"),
         "extraction": extractions,
         "policy": lambda: policies(len(plan.experts)),
     }
@@ -85,8 +100,6 @@ def controls(plan: Plan, scores: Mapping[str, float], draws: int, groups: Sequen
 
 def conflict_scores(job: Comparison, plan: Plan) -> dict[str, float]:
     """Read the conflict of each unit from the job's report."""
-    from mediator_cli.bundle.manifest import ConflictReport, read_record
-
     if job.conflicts is None:
         return {}
     report = read_record(job.conflicts, ConflictReport, "conflict report")

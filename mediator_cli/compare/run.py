@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import shutil
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.manifest import read_manifest
-from mediator_cli.compare.store import open_store
+from mediator_cli.checkpoint.header import read_json
+from mediator_cli.checkpoint.source import weight_files
+from mediator_cli.compare.key import model_key
+from mediator_cli.compare.store import open_store, row_key, save
+from mediator_cli.errors import CheckpointError, MediatorError, Problem
 from mediator_cli.evaluate.models import Candidate, find_candidates, load_candidate
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.pipeline.merge import Settings, merge
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from mediator_cli.compare.variants import Variant
     from mediator_cli.evaluate.score import RowScore
     from mediator_cli.evaluate.tasks import Row, Task
-    from mediator_cli.plan.model import Plan
+    from mediator_cli.plan.model import ExpertSource, Plan
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -58,12 +62,16 @@ class Outcome:
 
 
 def compare(job: Comparison, variants: Sequence[Variant]) -> Iterator[Outcome]:
-    """Score variants one by one, those of one bundle together; rows scored before are not scored again."""
-    done: dict[int, Outcome] = {}
-    for group in _by_model(variants):
-        for index, outcome in _score_group(job, [(at, variants[at]) for at in group]):
-            done[index] = outcome
-        yield from (done[at] for at in group)
+    """Score variants one by one, those of one bundle together; rows scored before are not scored again.
+
+    Raises MediatorError with the variants that cannot be made or answered, before any is made.
+    """
+    groups = [[variants[at] for at in group] for group in _by_model(variants)]
+    made = _plan_all(job, groups)
+    n_done = 0
+    for model, group in zip(made, groups, strict=True):
+        yield from _score_group(model, group, n_done, len(variants))
+        n_done += len(group)
 
 
 def _by_model(variants: Sequence[Variant]) -> Iterable[list[int]]:
@@ -73,15 +81,39 @@ def _by_model(variants: Sequence[Variant]) -> Iterable[list[int]]:
     return groups.values()
 
 
-def _score_group(job: Comparison, members: Sequence[tuple[int, Variant]]) -> Iterator[tuple[int, Outcome]]:
-    first = members[0][1]
-    plan = make_plan(load_recipe(job.recipe, (*job.changes, *first.changes)))
-    needs_router = any(variant.answer == "router" for _, variant in members)
-    made = Made(job, plan, first, needs_router)
+def _plan_all(job: Comparison, groups: Sequence[Sequence[Variant]]) -> list[Made]:
+    made: list[Made] = []
+    problems: list[Problem] = []
+    for group in groups:
+        try:
+            plan = make_plan(load_recipe(job.recipe, (*job.changes, *group[0].changes)))
+        except MediatorError as error:
+            problems += error.problems
+            continue
+        made.append(Made(job, plan, group[0], any(variant.answer == "router" for variant in group)))
+        problems += _unanswerable(made[-1], group)
+    if problems:
+        raise CheckpointError(list(dict.fromkeys(problems)))
+    return made
+
+
+def _unanswerable(made: Made, group: Sequence[Variant]) -> Iterator[Problem]:
+    experts = [expert.name for expert in made.plan.experts]
+    for variant in group:
+        if variant.answer == "router" and made.plan.router is None:
+            hint = "give every expert prompts and route some layers"
+            yield Problem(variant.name, "the recipe fits no router", hint)
+        unknown = [task.name for task in made.job.tasks if task.name not in experts]
+        if variant.answer == "oracle" and unknown:
+            message = f"no expert is named like the task '{unknown[0]}'"
+            yield Problem(variant.name, message, f"the experts are {', '.join(experts)}")
+
+
+def _score_group(made: Made, group: Sequence[Variant], n_done: int, n_all: int) -> Iterator[Outcome]:
     try:
-        for at, variant in members:
-            job.say(f"{variant.group}: {variant.name}")
-            yield at, _score(made, variant)
+        for at, variant in enumerate(group, n_done + 1):
+            made.job.say(f"{at} of {n_all}: {variant.group}: {variant.name}")
+            yield _score(made, variant)
     finally:
         made.discard()
 
@@ -95,17 +127,12 @@ class Made:
     variant: Variant
     needs_router: bool
     opened: dict[str, Loaded] = field(default_factory=dict)
+    is_built: bool = False
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Name the model by recipe, changes and sources."""
-        sources = [self.plan.base.path, *(expert.source.path for expert in self.plan.experts)]
-        files = [
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for s in sources for f in sorted(s.glob("*.safetensors"))
-        ]
-        recipe = self.plan.loaded.recipe.model_dump_json(exclude={"output", "router"})
-        text = json.dumps([self.variant.model, recipe if self.variant.model == "bundle" else "", files])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Name the model by all that its scores depend on."""
+        return model_key(self.plan, self.variant.model)
 
     @property
     def folder(self) -> Path:
@@ -113,12 +140,14 @@ class Made:
         return self.job.work / "bundles" / f"{self.key}{'-routed' if self.needs_router else ''}"
 
     def build(self) -> Path:
-        """Merge the bundle unless it stands; return its folder."""
-        if not self.folder.is_dir():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        """Merge the bundle, once; return its folder."""
+        if not self.is_built:
+            # What stands there was left by a process that was killed: it may be half deleted, or its router old.
+            shutil.rmtree(self.folder, ignore_errors=True)
             plan = self.plan if self.needs_router else _without_prompts(self.plan)
             conflicts = self.job.conflicts if plan.loaded.recipe.assign.rule != "none" else None
             merge(plan, self.folder, conflicts, self.job.settings)
+            self.is_built = True
         return self.folder
 
     def open(self, name: str) -> Loaded:
@@ -144,19 +173,19 @@ class Made:
         return open_store(self.job.work / "scores" / f"{self.key}{'-' + name if name else ''}.json")
 
     def discard(self) -> None:
-        """Close the model and delete its bundle; its scores and facts stay."""
+        """Close the model and delete its bundle; its scores and its size stay known."""
         self.opened.clear()
         gc.collect()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.is_built = False
 
-    def facts(self) -> dict[str, Any]:
-        """Return what stays known of a bundle after it is deleted: its size and, with a router, how rows are routed."""
+    def n_bytes(self) -> int:
+        """Count the bytes of the bundle's dense and sparse experts; known also after it is deleted."""
         file = self.job.work / "facts" / f"{self.key}.json"
         if not file.is_file():
-            manifest = read_manifest(self.build())
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"n_bytes": manifest.sizes.dense + manifest.sizes.sparse}), encoding="utf-8")
-        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            sizes = read_manifest(self.build()).sizes
+            save(file, {"n_bytes": sizes.dense + sizes.sparse})
+        return int(read_json(file)["n_bytes"])
 
 
 def _without_prompts(plan: Plan) -> Plan:
@@ -165,7 +194,7 @@ def _without_prompts(plan: Plan) -> Plan:
 
 def _score(made: Made, variant: Variant) -> Outcome:
     scores = {task.name: tuple(_task_scores(made, variant, task)) for task in made.job.tasks}
-    n_bytes = made.facts()["n_bytes"] if variant.model == "bundle" else _source_bytes(made.plan, variant)
+    n_bytes = made.n_bytes() if variant.model == "bundle" else _source_bytes(made, variant)
     stores = [made.store(name) for name in _names(made, variant)]
     timed = sum(store.n_timed for store in stores)
     return Outcome(variant, scores, n_bytes, sum(store.seconds for store in stores) / timed if timed else float("nan"))
@@ -178,9 +207,17 @@ def _names(made: Made, variant: Variant) -> list[str]:
     return experts if variant.answer == "oracle" else [variant.answer]
 
 
-def _source_bytes(plan: Plan, variant: Variant) -> int:
-    one = sum(info.n_bytes for info in plan.base.tensors.values())
-    return one if variant.model == "base" or variant.answer != "oracle" else one * len(plan.experts)
+def _source_bytes(made: Made, variant: Variant) -> int:
+    """Count the bytes of the weights that answer: of base or experts, an adapter's base once."""
+    names = _names(made, variant)
+    experts = [expert for expert in made.plan.experts if expert.name in names]
+    files = {file for expert in experts for file in _expert_files(made.plan, expert)}
+    return sum(file.stat().st_size for file in files or weight_files(made.plan.base.tensors))
+
+
+def _expert_files(plan: Plan, expert: ExpertSource) -> tuple[Path, ...]:
+    own = weight_files(expert.tensors)
+    return own if expert.kind == "full" else (*own, *weight_files(plan.base.tensors))
 
 
 def _task_scores(made: Made, variant: Variant, task: Task) -> Iterator[RowScore]:
@@ -203,7 +240,7 @@ def _scored(made: Made, name: str, wanted: Sequence[tuple[Mapping[str, float] | 
     for mixture, row in wanted:
         groups.setdefault(_mixture_key(mixture), (mixture, []))[1].append(row)
     for key, (mixture, rows) in groups.items():
-        missing = list({id(row): row for row in store.missing(key, rows)}.values())
+        missing = list({row_key(row): row for row in store.missing(key, rows)}.values())
         if missing:
             model, tokenizer = made.open(name)
             started = time.monotonic()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mediator_cli.checkpoint.header import read_json
+from mediator_cli.checkpoint.write import write_error
+from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.evaluate.score import RowScore
 
 if TYPE_CHECKING:
@@ -38,10 +42,11 @@ class Store:
 
     def put(self, mixture: str, rows: Sequence[Row], found: Sequence[RowScore], seconds: float) -> None:
         """Add scores and save all."""
+        # Another comparison may have added scores of this model since.
+        now = open_store(self.file)
+        self.scores, self.seconds, self.n_timed = now.scores, now.seconds + seconds, now.n_timed + len(rows)
         known = self.scores.setdefault(mixture, {})
         known.update({row_key(row): score for row, score in zip(rows, found, strict=True)})
-        self.seconds += seconds
-        self.n_timed += len(rows)
         data = {
             "seconds": self.seconds,
             "n_timed": self.n_timed,
@@ -50,19 +55,38 @@ class Store:
                 for mixed, rows_ in self.scores.items()
             },
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_suffix(".tmp")
-        draft.write_text(json.dumps(data), encoding="utf-8")
-        draft.replace(self.file)
+        save(self.file, data)
 
 
 def open_store(file: Path) -> Store:
-    """Open the scores of a model; empty when there are none."""
+    """Open the scores of a model, empty when there are none; raise CheckpointError when the file is damaged."""
     if not file.is_file():
         return Store(file)
-    data = json.loads(file.read_text(encoding="utf-8"))
-    scores = {mixed: {key: RowScore(*values) for key, values in rows.items()} for mixed, rows in data["scores"].items()}
-    return Store(file, scores, data["seconds"], data["n_timed"])
+    try:
+        data = read_json(file)
+        scores = {
+            mixed: {key: RowScore(*values) for key, values in rows.items()} for mixed, rows in data["scores"].items()
+        }
+        return Store(file, scores, data["seconds"], data["n_timed"])
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(Problem(str(file), "holds no scores", "remove it, its rows are scored again")) from None
+
+
+def save(file: Path, data: object) -> None:
+    """Write JSON so that the file is whole at any moment; raise OutputError when it cannot be written."""
+    save_text(file, json.dumps(data))
+
+
+def save_text(file: Path, text: str) -> None:
+    """Write a text so that the file is whole at any moment; raise OutputError when it cannot be written."""
+    # Two comparisons may share a folder, so each has a draft of its own.
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        raise write_error(file, error) from None
 
 
 def row_key(row: Row) -> str:

@@ -52,15 +52,22 @@ def routed(name: str = "Mediator") -> Iterator[Variant]:
     yield Variant("mediator", f"{name}, dense expert alone", answer="dense")
 
 
-def assignments(scores: Mapping[str, float], n_routed: int, draws: int, seed: int) -> Iterator[Variant]:
-    """Give all layers routed, and as many as the recipe routes: the least and most conflicting, and random ones."""
+def assignments(
+    scores: Mapping[str, float], n_routed: int, draws: int, seed: int, kind: str = "layers"
+) -> Iterator[Variant]:
+    """Give all layers routed, and `n_routed` of those with scores: the least and most conflicting, and random ones.
+
+    Nothing is chosen where none or all of them are routed. `kind` is what the units are called.
+    """
     layers = sorted(scores, key=lambda unit: scores[unit])
     yield Variant("assignment", "all layers routed", changes=("assign.rule=all", "assign.candidates=layers"))
-    yield Variant("assignment", f"{n_routed} layers of lowest conflict", changes=_listed(layers[:n_routed]))
-    yield Variant("assignment", f"{n_routed} layers of highest conflict", changes=_listed(layers[-n_routed:]))
+    if not 0 < n_routed < len(layers):
+        return
+    yield Variant("assignment", f"{n_routed} {kind} of lowest conflict", changes=_listed(layers[:n_routed]))
+    yield Variant("assignment", f"{n_routed} {kind} of highest conflict", changes=_listed(layers[-n_routed:]))
     for draw in range(draws):
         chosen = Random(f"{seed} {draw}").sample(sorted(scores), n_routed)
-        yield Variant("assignment", f"{n_routed} random layers, draw {draw + 1}", changes=_listed(chosen))
+        yield Variant("assignment", f"{n_routed} random {kind}, draw {draw + 1}", changes=_listed(chosen))
 
 
 def _listed(units: Sequence[str]) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ Rescale = Annotated[
     bool | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
     Field(
         description="Multiply kept values by this number, to make up for what is not kept; true = 1 / density, "
-        "false = 1. Default: true when selected at random, else false."
+        "false = 1. Default: 1 / density when selected at random, else density ** -0.4, which measured best."
     ),
 ]
 
@@ -156,10 +156,10 @@ class ExtractSpec(Strict):
     dense: Annotated[
         Literal["average", "base"], Field(description="The dense expert: the merged tensor or the base's.")
     ] = "average"
-    density: Annotated[Fraction, Field(description="Share of the entries of each tensor that are kept.")] = 0.1
+    density: Annotated[Fraction, Field(description="Share of the entries of each tensor that are kept.")] = 0.05
     select: Annotated[Literal["magnitude", "random"], Field(description="Which entries are kept.")] = "magnitude"
     rescale: Rescale = None
-    values: Annotated[ValueCodec, Field(description="How kept values are stored.")] = "bf16"
+    values: Annotated[ValueCodec, Field(description="How kept values are stored.")] = "sign"
 
 
 class OverrideExtract(Strict):
@@ -233,7 +233,7 @@ class Recipe(Strict):
         tuple[ExpertSpec, ...], Field(strict=False, min_length=1, description="The fine-tunes to merge, in order.")
     ]
     conflict: ConflictSpec = ConflictSpec()
-    assign: AssignSpec = AssignSpec()
+    assign: AssignSpec = AssignSpec(rule="all", candidates="layers")
     average: AverageSpec = AverageSpec()
     extract: ExtractSpec = ExtractSpec()
     overrides: Annotated[

@@ -58,3 +58,13 @@ def bundle_grid() -> Iterator[Variant]:
     """Give bundles with the recipe's method, by rule, stored values and density; right expert given."""
     for name, changes in BUNDLE_GRID.items():
         yield Variant("bundle", name, changes=changes)
+
+
+CHOSEN_STATIC = {
+    "linear": ("average.method=linear",),
+    "task_arithmetic 0.3": ("average.method=task_arithmetic", "average.lambda=0.3"),
+    "TIES 0.2, 0.7": ("average.method=ties", "average.density=0.2", "average.lambda=0.7"),
+    "DARE 0.8, 0.5": ("average.method=dare_linear", "average.normalize=false", "average.lambda=0.5"),
+    "DARE-TIES 0.8, 0.7": ("average.method=dare_ties", "average.density=0.8", "average.lambda=0.7"),
+}
+"""What did best on validation rows."""

@@ -4,6 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
+from rich.console import Console
+
+from mediator_cli.cli.opening import quiet_transformers
 from mediator_cli.compare.run import Comparison, Outcome, compare
 from mediator_cli.compare.variants import references
 from scripts.quality.choices import bundle_grid, static_grid
@@ -22,26 +25,28 @@ def accuracy(outcome: Outcome) -> dict[str, float]:
 
 
 def main() -> None:
-    """Score all candidates and print them, best of each group last."""
+    """Score all candidates and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--only", choices=["static", "bundle"])
     parser.add_argument("--set", dest="changes", action="append", default=[])
     arguments = parser.parse_args()
+    console = Console(soft_wrap=True, highlight=False)
+    quiet_transformers()
     job = Comparison(
         RECIPE,
         version(DATA, "valid", arguments.rows),
         WORK,
         changes=tuple(arguments.changes),
         conflicts=CHECKOUT / "demo/conflicts.json",
-        say=lambda text: print(text, flush=True),
+        say=lambda text: console.print(text, markup=False),
     )
     variants = list(references([]))
     variants += [] if arguments.only == "bundle" else static_grid()
     variants += [] if arguments.only == "static" else bundle_grid()
     for outcome in compare(job, variants):
         shown = {name: round(100 * value, 1) for name, value in accuracy(outcome).items()}
-        print("   ", json.dumps(shown), f"{outcome.n_bytes / 1e6:.0f} MB {outcome.seconds:.3f} s", flush=True)
+        console.print(f"    {json.dumps(shown)} {outcome.n_bytes / 1e6:.0f} MB", markup=False)
 
 
 if __name__ == "__main__":

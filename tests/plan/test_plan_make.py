@@ -87,7 +87,7 @@ def test_the_later_of_two_overrides_wins(workshop):
     plan = plan_of(workshop, overrides=[first, second])
     chosen = {name: tensor_of(plan, name) for name in (Q0, Q0.replace("q_proj", "k_proj"), MLP0)}
     assert [t.average.method.name for t in chosen.values()] == ["slerp", "ties", "linear"]
-    assert [t.extract.density for t in chosen.values()] == [0.25, 0.5, 0.1]
+    assert [t.extract.density for t in chosen.values()] == [0.25, 0.5, 0.05]
     assert [t.extract.values for t in chosen.values()] == ["int8", "int8", "bf16"]
 
 
@@ -100,8 +100,10 @@ def test_an_override_of_one_kind_leaves_the_other_alone(workshop):
 @pytest.mark.parametrize(
     ("extract", "rescale"),
     [
-        ({"density": 0.5}, 1.0),
-        ({"density": 0.5, "select": "magnitude"}, 1.0),
+        ({"density": 0.5}, 0.5**-0.4),
+        ({"density": 0.5, "select": "magnitude"}, 0.5**-0.4),
+        ({"density": 1.0}, 1.0),
+        ({"density": 0.5, "rescale": False}, 1.0),
         ({"density": 0.5, "select": "random"}, 2.0),
         ({"density": 0.5, "select": "random", "rescale": False}, 1.0),
         ({"density": 0.5, "select": "magnitude", "rescale": True}, 2.0),
@@ -251,3 +253,18 @@ def test_more_memory_is_never_planned_than_is_given(larger):
         report = describe_plan(plan_of(larger), None, Settings(memory=memory, workers=64))
         assert report.peak_memory <= memory
         assert 1 <= report.workers <= 64
+
+
+@pytest.mark.parametrize(
+    ("assign", "has_embedding"),
+    [
+        ({"rule": "all"}, True),
+        ({"rule": "all", "candidates": "layers"}, False),
+        ({"rule": "mean_std"}, False),
+        ({"rule": "mean_std", "candidates": "all"}, True),
+    ],
+)
+def test_the_embedding_is_a_candidate_of_rule_all_or_on_request(workshop, assign, has_embedding):
+    plan = plan_of(workshop, assign=assign)
+    assert ("model.embed_tokens" in plan.candidates) is has_embedding
+    assert "model.layers.0" in plan.candidates

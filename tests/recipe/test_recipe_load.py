@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mediator_cli import load_recipe
 from mediator_cli.errors import RecipeError
-from mediator_cli.recipe.schema import AssignSpec, ExtractSpec, parse_size
+from mediator_cli.recipe.schema import AssignSpec, parse_size
 
 TEXT = """# a comment
 version: 1
@@ -92,7 +92,8 @@ def test_defaults_stand_in_for_what_is_not_written(load):
         "layer",
         1,
     )
-    assert (recipe.assign.rule, recipe.average.method, recipe.extract) == ("mean_std", "linear", ExtractSpec())
+    assert (recipe.assign.rule, recipe.assign.candidates, recipe.average.method) == ("all", "layers", "linear")
+    assert (recipe.extract.density, recipe.extract.values, recipe.extract.rescale) == (0.05, "sign", None)
     assert (recipe.experts[0].weight, recipe.output.path, recipe.output.dtype) == (1.0, None, "base")
 
 
@@ -142,7 +143,8 @@ def test_changes_apply_in_their_order(load):
 
 def test_a_new_rule_drops_what_belonged_to_the_old_one(load):
     text = TEXT + "assign: {rule: threshold, threshold: 0.4, candidates: all}\n"
-    assert load(text, "assign.rule=all").recipe.assign == AssignSpec(rule="all")
+    assert load(text, "assign.rule=none").recipe.assign == AssignSpec(rule="none")
+    assert load(text, "assign.rule=all").recipe.assign == AssignSpec(rule="all", candidates="all")
     top = load(text, "assign.k=2", "assign.rule=top_k").recipe.assign
     assert top == AssignSpec(rule="top_k", k=2, candidates="all")
 
@@ -175,7 +177,7 @@ def test_an_unknown_key_gets_a_suggestion_wherever_it_stands(load, old, new, fie
 FIELDS = {"threshold": 0.5, "k": 1, "std": 1.0, "units": ["x"], "candidates": "all"}
 TAKES = {
     "none": (),
-    "all": (),
+    "all": ("candidates",),
     "threshold": ("threshold", "candidates"),
     "top_k": ("k", "candidates"),
     "mean_std": ("std", "candidates"),

@@ -18,9 +18,10 @@ def routed(scores=SCORES, candidates=("l0", "l1", "l2", "l3"), listed=(), **spec
     return [unit for unit, decision in decided.items() if decision == "route"]
 
 
-def test_none_routes_nothing_and_all_routes_everything():
+def test_none_routes_nothing_and_all_routes_every_candidate():
     assert routed(rule="none", scores={}) == []
-    assert routed(rule="all", scores={}) == UNITS
+    assert routed(rule="all", scores={}) == ["l0", "l1", "l2", "l3"]
+    assert routed(rule="all", scores={}, candidates=UNITS) == UNITS
 
 
 def test_listed_routes_what_is_listed_candidate_or_not():

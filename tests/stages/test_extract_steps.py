@@ -60,6 +60,7 @@ def test_random_entries_are_kept_below_the_density():
 
 def merged(workshop, extract, **fields):
     """Merge with everything routed; the bundle and each expert's delta from the dense tensor."""
+    extract = {"rescale": 1.0, **extract}
     out = workshop.merge(assign={"rule": "all"}, extract=extract, output={"dtype": "float32"}, **fields)
     bundle = read_bundle(out)
     deltas = {
@@ -82,7 +83,7 @@ def test_the_largest_entries_are_kept_in_every_tensor(workshop, density):
 
 
 def test_random_entries_are_those_of_the_seed_and_rescaled(workshop):
-    bundle, deltas = merged(workshop, {"density": 0.25, "select": "random", "values": "fp32"}, seed=11)
+    bundle, deltas = merged(workshop, {"density": 0.25, "select": "random", "values": "fp32", "rescale": True}, seed=11)
     for expert, tensors in deltas.items():
         for name, delta in tensors.items():
             mask = (uniform_slab(11, expert, Piece(name, 0, len(delta))) < 0.25) & (delta != 0)
@@ -186,3 +187,21 @@ def test_the_energy_in_the_manifest_is_that_of_what_is_stored(workshop, codec):
         error += rest.square().sum()
     assert record.units[unit].energy == pytest.approx(float(1 - error / energy), abs=2e-6)
     assert record.units[unit].n_kept == sum(len(bundle.experts["a"].read(name).positions) for name in names)
+
+
+@pytest.mark.parametrize(("density", "factor"), [(1.0, 1.0), (0.25, 0.25**-0.4)])
+def test_the_largest_entries_are_amplified_unless_told(workshop, density, factor):
+    bundle, deltas = merged(workshop, {"density": density, "values": "fp32", "rescale": None})
+    sparse = bundle.experts["a"].read("model.embed_tokens.weight")
+    expected = deltas["a"]["model.embed_tokens.weight"][sparse.positions] * factor
+    torch.testing.assert_close(sparse.values, expected, rtol=1e-6, atol=0)
+
+
+def test_the_energy_kept_is_told_before_amplifying(workshop):
+    energies = {}
+    for rescale in (1.0, 4.0):
+        folder = workshop.merge(f"out{rescale}", assign={"rule": "all"}, extract={"rescale": rescale, "values": "fp32"})
+        (units,) = [s.units for s in read_bundle(folder).manifest.sparse if s.expert == "a"]
+        energies[rescale] = [unit.energy for unit in units.values()]
+    assert energies[1.0] == pytest.approx(energies[4.0], abs=1e-5)
+    assert all(0 < energy < 1 for energy in energies[1.0])
