@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import EXPERTS_FOLDER, Manifest, bundle_file, read_manifest
-from mediator_cli.bundle.sparse_file import SparseFile, open_sparse_file
+from mediator_cli.bundle.sparse_file import SparseFile, mix_deltas, open_sparse_file
 from mediator_cli.checkpoint.header import TensorInfo, read_tensors
 from mediator_cli.checkpoint.read import open_files, read_slab
 from mediator_cli.errors import BundleError, Problem, did_you_mean
@@ -48,15 +48,11 @@ class Bundle:
         deltas = [(sparse, weight) for sparse, weight in deltas if name in sparse.tensors]
         if not deltas:
             return dense
-        if len(deltas) == 1:
-            return self._delta(deltas[0][0], name).add_to(dense, deltas[0][1])
-        mixed = dense.flatten().float()
-        for sparse, weight in deltas:
-            delta = self._delta(sparse, name)
-            mixed[delta.positions] += delta.values * weight
-        return mixed.to(dense.dtype).view(dense.shape)
+        return mix_deltas(dense, [(self.delta(sparse.expert, name), weight) for sparse, weight in deltas])
 
-    def _delta(self, sparse: SparseFile, name: str) -> SparseDelta:
+    def delta(self, expert: str, name: str) -> SparseDelta:
+        """Read what an expert adds to a tensor that it keeps something of; raise BundleError when it does not fit."""
+        sparse = self._sparse(expert)
         shape, dense = sparse.tensors[name].shape, self.tensors[name].shape
         if shape != dense:
             message = f"shape {list(shape)}, the dense tensor has {list(dense)}"

@@ -133,12 +133,24 @@ class SparseDelta:
 
         At weight 1, the mixture of this expert alone, overrides replace what rounding would have changed.
         """
-        flat = dense.flatten().to(torch.float32, copy=True)
-        flat[self.positions] += self.values * weight
-        mixed = flat.to(dense.dtype)
+        # Entries that the expert does not touch keep their bits, so only the others pass through float32.
+        mixed = dense.flatten().clone()
+        positions, values = self.positions.to(dense.device), self.values.to(dense.device)
+        mixed[positions] = (mixed[positions].float() + values * weight).to(dense.dtype)
         if weight == 1.0 and self.override_values is not None:
-            mixed[self.override_positions] = self.override_values.to(dense.dtype)
+            mixed[self.override_positions.to(dense.device)] = self.override_values.to(dense.device, dense.dtype)
         return mixed.view(dense.shape)
+
+
+def mix_deltas(dense: torch.Tensor, deltas: Sequence[tuple[SparseDelta, float]]) -> torch.Tensor:
+    """Build dense + Σ weight · delta: summed in float32 in this order, rounded once to the dtype of `dense`."""
+    if len(deltas) == 1:
+        delta, weight = deltas[0]
+        return delta.add_to(dense, weight)
+    mixed = dense.flatten().to(torch.float32, copy=True)
+    for delta, weight in deltas:
+        mixed.index_add_(0, delta.positions.to(dense.device), delta.values.to(dense.device) * weight)
+    return mixed.to(dense.dtype).view(dense.shape)
 
 
 @dataclass(frozen=True)

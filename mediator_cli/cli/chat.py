@@ -39,7 +39,7 @@ def chat(
 
     asked = wanted_of(folder, expert, mixture)
     model, tokenizer = opened(folder)
-    if sys.stdin.isatty():
+    if _by_hand():
         say(_HELP)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     talk = Talk(Conversation(), asked)
@@ -59,9 +59,13 @@ class Talk:
     pinned: Wanted | None = None
 
 
+def _by_hand() -> bool:
+    return sys.stdin.isatty()
+
+
 def _read_line() -> str | None:
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input("> " if _by_hand() else "").strip()
     except EOFError:
         return None
 
@@ -95,7 +99,7 @@ def _answered(
     try:
         conversation = _turn(model, tokenizer, talk.conversation, text, asked, sampling)
     except MediatorError as error:
-        if not sys.stdin.isatty():
+        if not _by_hand():
             raise
         print_problems(error.problems)
         return talk

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.checkpoint.header import read_json
-from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.compare.key import model_key
 from mediator_cli.compare.store import open_store, row_key, save
 from mediator_cli.errors import CheckpointError, MediatorError, Problem
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from mediator_cli.compare.variants import Variant
     from mediator_cli.evaluate.score import RowScore
     from mediator_cli.evaluate.tasks import Row, Task
-    from mediator_cli.plan.model import ExpertSource, Plan
+    from mediator_cli.plan.model import Plan
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -111,9 +110,12 @@ def _unanswerable(made: Made, group: Sequence[Variant]) -> Iterator[Problem]:
 
 def _score_group(made: Made, group: Sequence[Variant], n_done: int, n_all: int) -> Iterator[Outcome]:
     try:
+        scores = []
         for at, variant in enumerate(group, n_done + 1):
             made.job.say(f"{at} of {n_all}: {variant.group}: {variant.name}")
-            yield _score(made, variant)
+            scores.append({task.name: tuple(_task_scores(made, variant, task)) for task in made.job.tasks})
+        # Variants of one model share its timed rows, so their seconds are known when all are scored.
+        yield from (_outcome(made, *pair) for pair in zip(group, scores, strict=True))
     finally:
         made.discard()
 
@@ -192,8 +194,7 @@ def _without_prompts(plan: Plan) -> Plan:
     return replace(plan, experts=tuple(replace(expert, prompts=None) for expert in plan.experts), router=None)
 
 
-def _score(made: Made, variant: Variant) -> Outcome:
-    scores = {task.name: tuple(_task_scores(made, variant, task)) for task in made.job.tasks}
+def _outcome(made: Made, variant: Variant, scores: Mapping[str, tuple[RowScore, ...]]) -> Outcome:
     n_bytes = made.n_bytes() if variant.model == "bundle" else _source_bytes(made, variant)
     stores = [made.store(name) for name in _names(made, variant)]
     timed = sum(store.n_timed for store in stores)
@@ -208,16 +209,13 @@ def _names(made: Made, variant: Variant) -> list[str]:
 
 
 def _source_bytes(made: Made, variant: Variant) -> int:
-    """Count the bytes of the weights that answer: of base or experts, an adapter's base once."""
+    """Count the bytes of the tensors that answer: of base or experts, an adapter's base once."""
     names = _names(made, variant)
     experts = [expert for expert in made.plan.experts if expert.name in names]
-    files = {file for expert in experts for file in _expert_files(made.plan, expert)}
-    return sum(file.stat().st_size for file in files or weight_files(made.plan.base.tensors))
-
-
-def _expert_files(plan: Plan, expert: ExpertSource) -> tuple[Path, ...]:
-    own = weight_files(expert.tensors)
-    return own if expert.kind == "full" else (*own, *weight_files(plan.base.tensors))
+    parts = [expert.tensors for expert in experts]
+    if not experts or any(expert.kind == "lora" for expert in experts):
+        parts.append(made.plan.base.tensors)
+    return sum(info.n_bytes for tensors in parts for info in tensors.values())
 
 
 def _task_scores(made: Made, variant: Variant, task: Task) -> Iterator[RowScore]:

@@ -1,4 +1,4 @@
-"""From outcomes to one report: every variant a row, differences against the reference."""
+"""From outcomes to one report: every variant a row, the reference first, differences against it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def report_of(outcomes: Sequence[Outcome], reference: str, seed: int = 0) -> Report:
     """Sum outcomes up; differences, by paired bootstrap over rows, are against the variant named `reference`."""
-    results = tuple(_result(outcome) for outcome in outcomes)
     ordered = sorted(outcomes, key=lambda outcome: outcome.variant.name != reference)
+    results = tuple(_result(outcome) for outcome in ordered)
     exact = {
         outcome.variant.name: {task: [score.exact for score in scores] for task, scores in outcome.scores.items()}
         for outcome in ordered

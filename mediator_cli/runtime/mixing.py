@@ -111,7 +111,9 @@ def divide(weights: torch.Tensor, n_tokens: int, cache: MixtureCache, switch: in
     products: list[int] = []
     waits = False
     for mixture, rows in groups.items():
-        worth_it = len(groups) == 1 or len(rows) * n_tokens >= switch
+        # No more mixtures than fit: parts hold their matrices as long as the batch runs.
+        fits = len(parts) < max(1, cache.room) or not any(mixture)
+        worth_it = fits and (len(groups) == 1 or len(rows) * n_tokens >= switch)
         matrices = _matrices(mixture, len(rows) * n_tokens, cache, switch) if worth_it else None
         waits |= worth_it and matrices is None and cache.room > 0
         if matrices is None:

@@ -13,37 +13,64 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mediator_cli.runtime.stack import Slice, Stack, slice_stack, sparse_product, sparse_rows
+from mediator_cli.runtime.stack import slice_stack, sparse_product, sparse_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mediator_cli.runtime.deltas import Deltas
     from mediator_cli.runtime.mixing import Part
+    from mediator_cli.runtime.stack import Slice, Stack
+
+
+@dataclass
+class Matrix:
+    """The deltas of one matrix, which tied modules share.
+
+    `stack` is made when products are first needed, and kept if `keeps`; `slices` are views of it by experts held.
+    """
+
+    deltas: Deltas
+    keeps: bool = True
+    stack: Stack | None = None
+    slices: dict[tuple[int, int], Slice] = field(default_factory=dict)
+
+    def stacked(self, device: torch.device) -> Stack:
+        """Return the stack, made anew unless it is kept."""
+        stack = self.deltas.stack(device) if self.stack is None else self.stack
+        if self.keeps:
+            self.stack = stack
+        return stack
+
+    def slice(self, used: tuple[int, ...], device: torch.device) -> Slice:
+        """Return the part of the stack that holds the experts used."""
+        key = (used[0], used[-1])
+        found = self.slices.get(key) or slice_stack(self.stacked(device), used)
+        if self.keeps:
+            self.slices[key] = found
+        return found
 
 
 @dataclass
 class Mixer:
-    """What one module mixes: the name and stack of its matrix, the deltas of its vectors [experts, n], and the parts.
+    """What one module mixes: its matrix, the deltas of its vectors [experts, n], and the parts of the batch."""
 
-    `slices` keeps views of the stack by the experts they hold.
-    """
-
-    name: str = ""
-    stack: Stack | None = None
+    matrix: Matrix | None = None
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
-    slices: dict[tuple[int, int], Slice] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The matrix's name in the bundle; empty without one."""
+        return self.matrix.deltas.name if self.matrix else ""
 
     def product(self, x: torch.Tensor, part: Part) -> torch.Tensor | None:
         """Compute the sparse experts' share for x [rows, …, columns]; None when no row uses an expert."""
-        if self.stack is None or not part.used:
+        if self.matrix is None or not part.used:
             return None
-        key = (part.used[0], part.used[-1])
-        if key not in self.slices:
-            self.slices[key] = slice_stack(self.stack, part.used)
         tokens = x.reshape(-1, x.shape[-1])
         each = _per_token(part.weights, len(tokens))
-        return sparse_product(self.slices[key], tokens, each).view(*x.shape[:-1], -1)
+        return sparse_product(self.matrix.slice(part.used, x.device), tokens, each).view(*x.shape[:-1], -1)
 
     def vector(self, name: str, dense: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Mix a vector [n] for each row of weights [rows, experts] → [rows, n]; in float32, rounded once."""
@@ -102,10 +129,10 @@ class MixedEmbedding(nn.Embedding):
         if part.matrices is not None:
             return functional.embedding(ids, part.matrices.get(self.mixer.name, self.weight))
         found = functional.embedding(ids, self.weight)
-        if self.mixer.stack is None:
+        if self.mixer.matrix is None or not part.used:
             return found
         each = _per_token(part.weights, ids.numel())
-        share = sparse_rows(self.mixer.stack, ids.flatten(), each)
+        share = sparse_rows(self.mixer.matrix.stacked(ids.device), ids.flatten(), each)
         return (found.float() + share.view(found.shape)).to(found.dtype)
 
 

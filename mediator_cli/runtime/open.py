@@ -10,12 +10,12 @@ from torch import nn
 
 from mediator_cli.bundle.read import read_bundle
 from mediator_cli.errors import BundleError, Problem
+from mediator_cli.runtime.deltas import Deltas
 from mediator_cli.runtime.mixing import MixtureCache
 from mediator_cli.runtime.model import MixState, Opened, RoutedModel
-from mediator_cli.runtime.modules import MixedEmbedding, MixedLinear, MixedVectors, Mixer
+from mediator_cli.runtime.modules import Matrix, MixedEmbedding, MixedLinear, MixedVectors, Mixer
 from mediator_cli.runtime.prompts import load_tokenizer
 from mediator_cli.runtime.router import read_router
-from mediator_cli.runtime.stack import mixed_matrix, stack_deltas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mediator_cli.bundle.read import Bundle
-    from mediator_cli.bundle.sparse_file import SparseDelta
     from mediator_cli.runtime.mixing import Matrices, Mixture
-    from mediator_cli.runtime.stack import Stack
 
 CACHE_BYTES = 1 << 30
 SWITCH_TOKENS = 64
@@ -42,7 +40,8 @@ def open_bundle(
 ) -> RoutedModel:
     """Open a bundle as a transformers model that routes, mixes and generates.
 
-    `dtype` None keeps the dtype of the dense expert. `cache_bytes` bounds the mixed matrices kept beside it;
+    `dtype` None keeps the dtype of the dense expert. `cache_bytes` bounds the
+    decoded experts and mixed matrices kept beside it;
     `switch_tokens` is how many tokens of one mixture pay for building them. Raises BundleError or CheckpointError when
     the bundle is damaged or holds what cannot be mixed.
     """
@@ -53,8 +52,11 @@ def open_bundle(
     model.__class__ = type(f"Routed{type(model).__name__}", (RoutedModel, type(model)), {})
     if not isinstance(model, RoutedModel):
         raise TypeError(type(model).__name__)
-    stacks = {mixer.name: mixer.stack for mixer in mixers if mixer.stack is not None}
-    cache = _cache(model, stacks, cache_bytes)
+    matrices = {mixer.name: mixer.matrix for mixer in mixers if mixer.matrix is not None}
+    stacked = sum(matrix.deltas.stack_bytes for matrix in matrices.values())
+    for matrix in matrices.values():
+        matrix.keeps = stacked <= cache_bytes
+    cache = _cache(model, matrices, cache_bytes - stacked if stacked <= cache_bytes else cache_bytes)
     tokenizer = load_tokenizer(bundle.path) if router else None
     model.opened = Opened(bundle.path, bundle.manifest, tokenizer, router, mixers, cache, switch_tokens)
     model.state = MixState()
@@ -96,10 +98,10 @@ def _install(bundle: Bundle, model: PreTrainedModel) -> Iterator[Mixer]:
     for name in wanted:
         for path, parameter in owners[name]:
             by_module.setdefault(path, []).append((parameter, name))
-    stacks: dict[str, Stack] = {}
+    matrices = {name: Matrix(Deltas(bundle, name)) for name in wanted}
     for path, members in by_module.items():
         module = model.get_submodule(path)
-        mixer = _mixer(bundle, module, members, stacks)
+        mixer = _mixer(bundle, module, members, matrices)
         _take_over(model, path, module, mixer)
         yield mixer
 
@@ -115,39 +117,28 @@ def _owners(model: PreTrainedModel) -> dict[str, list[tuple[str, str]]]:
     return {name: owners[key] for key, group in names.items() for name in group}
 
 
-def _mixer(bundle: Bundle, module: nn.Module, members: list[tuple[str, str]], stacks: dict[str, Stack]) -> Mixer:
+def _mixer(
+    bundle: Bundle, module: nn.Module, members: list[tuple[str, str]], matrices: Mapping[str, Matrix]
+) -> Mixer:
     mixer = Mixer()
     for parameter, name in members:
         tensor = module.get_parameter(parameter)
-        deltas = [_delta(bundle, expert.name, name, tensor) for expert in bundle.manifest.experts]
+        _check_shapes(bundle, name, tensor)
         if tensor.ndim == 1:
-            rows = [torch.zeros(tensor.shape) if d is None else _dense_delta(d) for d in deltas]
-            mixer.vectors[parameter] = torch.stack(rows).to(tensor.device)
+            mixer.vectors[parameter] = matrices[name].deltas.rows().to(tensor.device)
         elif parameter == "weight" and type(module) in (nn.Linear, nn.Embedding):
-            if name not in stacks:
-                n_rows, n_columns = tensor.shape
-                stacks[name] = stack_deltas(deltas, (n_rows, n_columns), tensor.device)
-            mixer.name, mixer.stack = name, stacks[name]
+            mixer.matrix = matrices[name]
         else:
             message = f"{type(module).__name__} cannot be mixed for each input"
             raise BundleError(Problem(f"{bundle.path}: {name}", message, "average it: assign.rule=listed without it"))
     return mixer
 
 
-def _delta(bundle: Bundle, expert: str, name: str, tensor: torch.Tensor) -> SparseDelta | None:
-    sparse = bundle.experts.get(expert)
-    if sparse is None or name not in sparse.tensors:
-        return None
-    if sparse.tensors[name].shape != tuple(tensor.shape):
-        message = f"shape {list(sparse.tensors[name].shape)}, the model has {list(tensor.shape)}"
-        raise BundleError(Problem(f"{sparse.file}: {name}", message, _DAMAGED))
-    return sparse.read(name)
-
-
-def _dense_delta(delta: SparseDelta) -> torch.Tensor:
-    row = torch.zeros(delta.shape)
-    row[delta.positions] = delta.values
-    return row
+def _check_shapes(bundle: Bundle, name: str, tensor: torch.Tensor) -> None:
+    for sparse in bundle.experts.values():
+        if name in sparse.tensors and sparse.tensors[name].shape != tuple(tensor.shape):
+            message = f"shape {list(sparse.tensors[name].shape)}, the model has {list(tensor.shape)}"
+            raise BundleError(Problem(f"{sparse.file}: {name}", message, _DAMAGED))
 
 
 def _take_over(model: PreTrainedModel, path: str, module: nn.Module, mixer: Mixer) -> None:
@@ -159,10 +150,10 @@ def _take_over(model: PreTrainedModel, path: str, module: nn.Module, mixer: Mixe
     model.set_submodule(path, MixedVectors(module, mixer))
 
 
-def _cache(model: PreTrainedModel, stacks: Mapping[str, Stack], budget: int) -> MixtureCache:
-    parameters = {name: tensor.detach() for name, tensor in model.named_parameters() if name in stacks}
+def _cache(model: PreTrainedModel, matrices: Mapping[str, Matrix], budget: int) -> MixtureCache:
+    parameters = {name: tensor.detach() for name, tensor in model.named_parameters() if name in matrices}
 
     def build(mixture: Mixture) -> Matrices:
-        return {name: mixed_matrix(tensor, stacks[name], mixture) for name, tensor in parameters.items()}
+        return {name: matrices[name].deltas.mix(tensor, mixture) for name, tensor in parameters.items()}
 
     return MixtureCache(budget, sum(tensor.nbytes for tensor in parameters.values()), build)

@@ -143,6 +143,10 @@ def read_router(folder: Path, manifest: Manifest) -> Router | None:
     if unknown := [name for name in record.experts if name not in {source.name for source in manifest.experts}]:
         place = f"{folder / MANIFEST} router.experts"
         raise BundleError(Problem(place, f"the bundle has no expert {unknown[0]!r}", _DAMAGED))
+    # Mixtures are rows in this order, from the router to the mixed layers.
+    if record.experts != tuple(source.name for source in manifest.experts):
+        place = f"{folder / MANIFEST} router.experts"
+        raise BundleError(Problem(place, "are not all experts of the bundle in its order", _DAMAGED))
     places = _checked_places(folder, record)
     arrays = {name: _read(info) for name, info in places.items() if not name.startswith("ridge.")}
     for name, array in arrays.items():

@@ -1,7 +1,7 @@
-"""The sparse experts of one matrix, stacked for use: products of a few tokens, and whole mixed matrices.
+"""The sparse experts of one matrix, stacked for products with a few tokens whose mixtures differ.
 
-Both ways compute x · (dense + Σ weight · delta)ᵀ. The product never builds the mixed matrix; it costs per kept entry
-and token. The mixed matrix costs a copy of the dense one, once for each mixture.
+x · (dense + Σ weight · delta)ᵀ = x · denseᵀ + Σ weight · x · deltaᵀ: the second part costs per kept entry and token,
+and no mixed matrix is built.
 """
 
 from __future__ import annotations
@@ -19,37 +19,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Overrides:
-    """Entries that the expert alone has exactly: flat positions [k] and their values [k]."""
-
-    positions: torch.Tensor
-    values: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Stack:
     """The deltas of all experts of one matrix [rows, columns], below each other in compressed rows.
 
-    `starts` [experts · rows + 1] and `columns` [k] are int32, `values` [k] float32; `overrides` has one per expert.
+    `starts` [experts · rows + 1] and `columns` [k] are int32, `values` [k] float32.
     """
 
     shape: tuple[int, int]
+    n_experts: int
     starts: torch.Tensor
     columns: torch.Tensor
     values: torch.Tensor
-    overrides: tuple[Overrides | None, ...]
-
-    @property
-    def n_experts(self) -> int:
-        """Count the experts."""
-        return len(self.overrides)
 
     @property
     def n_bytes(self) -> int:
         """Count the bytes held."""
-        held = [self.starts, self.columns, self.values]
-        held += [tensor for item in self.overrides if item for tensor in (item.positions, item.values)]
-        return sum(tensor.nbytes for tensor in held)
+        return sum(tensor.nbytes for tensor in (self.starts, self.columns, self.values))
 
 
 def stack_deltas(deltas: Sequence[SparseDelta | None], shape: tuple[int, int], device: torch.device) -> Stack:
@@ -65,46 +50,11 @@ def stack_deltas(deltas: Sequence[SparseDelta | None], shape: tuple[int, int], d
     columns = [(delta.positions % n_columns).int() for delta in kept]
     return Stack(
         shape,
+        len(deltas),
         torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int().to(device),
         torch.cat([torch.empty(0, dtype=torch.int32), *columns]).to(device),
         torch.cat([torch.empty(0), *(delta.values for delta in kept)]).to(device),
-        tuple(_overrides(delta, device) for delta in deltas),
     )
-
-
-def _overrides(delta: SparseDelta | None, device: torch.device) -> Overrides | None:
-    if delta is None or delta.override_values is None:
-        return None
-    return Overrides(delta.override_positions.to(device), delta.override_values.to(device))
-
-
-def mixed_matrix(dense: torch.Tensor, stack: Stack, weights: Sequence[float]) -> torch.Tensor:
-    """Build dense + Σ weight · delta as the bundle's reader does: float32, in the order of experts, rounded once."""
-    used = [expert for expert, weight in enumerate(weights) if weight != 0]
-    if len(used) == 1:
-        return _one_expert(dense, stack, used[0], weights[used[0]])
-    mixed = dense.flatten().to(torch.float32, copy=True)
-    for expert in used:
-        positions, values = _entries(stack, expert)
-        mixed.index_add_(0, positions, values * weights[expert])
-    return mixed.to(dense.dtype).view(dense.shape)
-
-
-def _one_expert(dense: torch.Tensor, stack: Stack, expert: int, weight: float) -> torch.Tensor:
-    # Entries that the expert does not touch keep their bits, so only the others pass through float32.
-    mixed = dense.flatten().clone()
-    positions, values = _entries(stack, expert)
-    mixed[positions] = (mixed[positions].float() + values * weight).to(dense.dtype)
-    overrides = stack.overrides[expert]
-    if weight == 1.0 and overrides is not None:
-        mixed[overrides.positions] = overrides.values.to(dense.dtype)
-    return mixed.view(dense.shape)
-
-
-def _entries(stack: Stack, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    starts, columns, values = _part(stack, expert, 1)
-    rows = torch.arange(stack.shape[0], device=starts.device).repeat_interleave(starts.diff())
-    return rows * stack.shape[1] + columns, values
 
 
 def _part(stack: Stack, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,31 +3,14 @@
 import json
 
 import pytest
-from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
+from conftest import ROUTE_ALL, edit_json, with_prompts
+from tiny_tokens import SUMS, task_prompts, write_prompts
 
 from mediator_cli.bundle.manifest import read_manifest
 
-EXPERTS = [{"name": n, "model": f"./{n}", "prompts": f"./{n}.jsonl"} for n in ("a", "b")]
-ALL = {"assign": {"rule": "all"}, "extract": {"density": 0.5}}
-
-
-@pytest.fixture
-def shop(workshop):
-    write_prompts(workshop.folder / "a.jsonl", task_prompts(SUMS))
-    write_prompts(workshop.folder / "b.jsonl", task_prompts(FILMS))
-    for name in ("base", "a", "b"):
-        (workshop.folder / name / "chat_template.jinja").unlink()
-        word_tokenizer().save_pretrained(workshop.folder / name)
-    return workshop
-
-
-@pytest.fixture
-def bundle(shop):
-    return shop.merge("out", experts=EXPERTS, **ALL)
-
 
 def test_merge_tells_of_the_router(shop, mediator):
-    shop.recipe(experts=EXPERTS, **ALL)
+    shop.recipe(experts=with_prompts(), **ROUTE_ALL)
     run = mediator("merge", "recipe.yaml", "-o", "out", "--json")
     assert json.loads(run.out)["router"] == read_manifest(shop.folder / "out").router.report.model_dump(mode="json")
     run = mediator("merge", "recipe.yaml", "-o", "out", "--overwrite")
@@ -36,19 +19,19 @@ def test_merge_tells_of_the_router(shop, mediator):
 
 
 def test_merge_says_why_there_is_no_router(shop, mediator):
-    shop.recipe(experts=EXPERTS, assign={"rule": "top_k", "k": 0})
+    shop.recipe(experts=with_prompts(), assign={"rule": "top_k", "k": 0})
     run = mediator("merge", "recipe.yaml", "-o", "out")
     assert "warning: no router is fitted: no unit is routed" in run.err
 
 
-def test_inspect_shows_the_router(bundle, mediator):
+def test_inspect_shows_the_router(routed, mediator):
     run = mediator("inspect", "out")
     assert "embedding_mean, 8 features" in run.out
     assert "uncertainty(sure=0.1, cover=0.9), outside: dense" in run.out
     assert json.loads(mediator("inspect", "out", "--json").out)["manifest"]["router"]["experts"] == ["a", "b"]
 
 
-def test_route_answers_in_json(bundle, shop, mediator):
+def test_route_answers_in_json(routed, shop, mediator):
     write_prompts(shop.folder / "more.jsonl", ["dull film plot"])
     report = json.loads(mediator("route", "out", "two plus three", "--file", "more.jsonl", "--json").out)
     first, second = report["prompts"]
@@ -60,7 +43,9 @@ def test_route_answers_in_json(bundle, shop, mediator):
 
 
 def test_route_shows_probabilities_uncertainty_score_and_mixture(shop, mediator):
-    shop.merge("out", experts=EXPERTS, router={"policy": {"rule": "fixed", "weights": {"a": 1, "b": 0.25}}}, **ALL)
+    shop.merge(
+        "out", experts=with_prompts(), router={"policy": {"rule": "fixed", "weights": {"a": 1, "b": 0.25}}}, **ROUTE_ALL
+    )
     report = json.loads(mediator("route", "out", "two", "--json").out)["prompts"][0]
     run = mediator("route", "out", "two")
     lines = [line.split() for line in run.out.splitlines()]
@@ -70,11 +55,11 @@ def test_route_shows_probabilities_uncertainty_score_and_mixture(shop, mediator)
     assert ["mixture", "a", "1.00", "+", "b", "0.25"] in lines
 
 
-def test_fit_router_keeps_what_is_not_asked_otherwise(bundle, mediator):
+def test_fit_router_keeps_what_is_not_asked_otherwise(routed, mediator):
     run = mediator("fit-router", "out", "--policy", "rule=top_k", "--policy", "k=1", "--json")
     assert run.code == 0, run.err
     mediator("fit-router", "out", "--classifier", "ridge")
-    record = read_manifest(bundle).router
+    record = read_manifest(routed).router
     assert (record.features, record.classifier, record.policy.rule, record.policy.k) == (
         "embedding_mean",
         "ridge",
@@ -85,12 +70,12 @@ def test_fit_router_keeps_what_is_not_asked_otherwise(bundle, mediator):
     assert mediator("verify", "out").code == 0
 
 
-def test_fit_router_moves_between_features(bundle, mediator):
+def test_fit_router_moves_between_features(routed, mediator):
     assert mediator("fit-router", "out", "--features", "hidden_mean", "--layer", "2").code == 0
     assert mediator("fit-router", "out", "--layer", "1").code == 0
-    assert read_manifest(bundle).router.layer == 1
+    assert read_manifest(routed).router.layer == 1
     assert mediator("fit-router", "out", "--features", "text").code == 0
-    assert (read_manifest(bundle).router.features, read_manifest(bundle).router.layer) == ("text", None)
+    assert (read_manifest(routed).router.features, read_manifest(routed).router.layer) == ("text", None)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +95,7 @@ def test_fit_router_moves_between_features(bundle, mediator):
         (("--policy", "rule=fixed", "--policy", "weights={c: 1}"), "--policy weights", "no expert 'c'", "known: a, b"),
     ],
 )
-def test_fit_router_refuses_what_does_not_fit(bundle, refused, words, place, message, hint):
+def test_fit_router_refuses_what_does_not_fit(routed, refused, words, place, message, hint):
     refused(place, message, hint, "fit-router", "out", *words)
 
 
@@ -123,32 +108,28 @@ def test_fit_router_refuses_what_does_not_fit(bundle, refused, words, place, mes
         (("base", "two"), "base", "has no routing_manifest.json", "is it a bundle?"),
     ],
 )
-def test_route_refuses_what_it_cannot_route(bundle, refused, words, place, message, hint):
+def test_route_refuses_what_it_cannot_route(routed, refused, words, place, message, hint):
     refused(place, message, hint, "route", *words)
 
 
 def test_route_of_a_bundle_without_a_router_names_the_next_command(shop, refused):
-    shop.merge("out", **ALL)
+    shop.merge("out", **ROUTE_ALL)
     refused("out", "the bundle has no router", "mediator fit-router", "route", "out", "two")
 
 
 def test_a_prompt_longer_than_the_context_is_refused_where_the_model_has_to_read_it(shop, refused, mediator):
-    from conftest import edit_json
-
     for name in ("base", "a", "b"):
         edit_json(shop.folder / name / "config.json", max_position_embeddings=16)
-    shop.merge("out", experts=EXPERTS, router={"features": "hidden_mean", "layer": 1}, **ALL)
+    shop.merge("out", experts=with_prompts(), router={"features": "hidden_mean", "layer": 1}, **ROUTE_ALL)
     refused("prompt 1", "has 17 tokens, the model reads 16 at most", "embedding_mean", "route", "out", "two " * 17)
     assert mediator("route", "out", "two " * 16).code == 0
 
 
 def test_long_prompts_are_left_out_of_the_fit_with_a_word(shop, mediator):
-    from conftest import edit_json
-
     for name in ("base", "a", "b"):
         edit_json(shop.folder / name / "config.json", max_position_embeddings=16)
     write_prompts(shop.folder / "a.jsonl", [*task_prompts(SUMS), "two " * 17])
-    shop.recipe(experts=EXPERTS, router={"features": "hidden_mean", "layer": 1}, **ALL)
+    shop.recipe(experts=with_prompts(), router={"features": "hidden_mean", "layer": 1}, **ROUTE_ALL)
     run = mediator("merge", "recipe.yaml", "-o", "out")
     assert "warning: 1 prompts without tokens or of more than 16 are left out" in run.err
     assert read_manifest(shop.folder / "out").notices == ("1 prompts without tokens or of more than 16 are left out",)

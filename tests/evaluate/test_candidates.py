@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import edit_json
+from conftest import edit_json, with_prompts
 from safetensors.torch import load_file
-from tiny_bundles import EXPERTS, PLAIN_EXPERTS, add_words, routed
+from tiny_bundles import PLAIN_EXPERTS, routed
 
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.errors import CheckpointError
@@ -12,10 +12,9 @@ from mediator_cli.evaluate.models import find_candidates, load_candidate
 
 
 @pytest.fixture
-def shop(workshop, monkeypatch):
-    add_words(workshop)
-    monkeypatch.chdir(workshop.folder)
-    return workshop
+def shop(shop, monkeypatch):
+    monkeypatch.chdir(shop.folder)
+    return shop
 
 
 def size(*files):
@@ -90,6 +89,6 @@ def test_a_bundle_loads_whole_and_its_dense_part_as_a_plain_model(shop):
 
 
 def test_a_static_merge_needs_no_router(shop):
-    out = shop.merge("out", experts=EXPERTS, assign={"rule": "none"})
+    out = shop.merge("out", experts=with_prompts(), assign={"rule": "none"})
     assert read_manifest(out).router is None
     assert [c.n_bytes for c in find_candidates(["out"], [])] == [size(out / "model.safetensors")]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_bundles import add_words, make_rows, routed, write_rows
+from tiny_bundles import make_rows, routed, write_rows
 from tiny_tokens import word_tokenizer
 
 from mediator_cli.evaluate import memory
@@ -13,11 +13,10 @@ from mediator_cli.runtime.open import load_dense, open_bundle
 
 
 @pytest.fixture
-def shop(workshop):
-    add_words(workshop)
+def shop(shop):
     for name, seed in (("a", 1), ("b", 2)):
-        write_rows(workshop.folder / f"{name}.test.jsonl", make_rows(12, seed))
-    return workshop
+        write_rows(shop.folder / f"{name}.test.jsonl", make_rows(12, seed))
+    return shop
 
 
 def test_results_are_those_of_the_rows(shop, mediator):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_bundles import add_words, make_rows, routed, write_rows
+from tiny_bundles import make_rows, routed, write_rows
 from tiny_tokens import word_tokenizer
 
 from mediator_cli.errors import CheckpointError
@@ -22,10 +22,9 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture
-def shop(workshop, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(workshop.folder / "cache"))
-    add_words(workshop)
-    return workshop
+def shop(shop, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(shop.folder / "cache"))
+    return shop
 
 
 def requests(kind, *arguments):

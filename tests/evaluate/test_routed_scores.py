@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from tiny_bundles import PLAIN_EXPERTS, add_words, make_rows, routed
+from tiny_bundles import PLAIN_EXPERTS, make_rows, routed
 from tiny_tokens import word_tokenizer
 
 from mediator_cli.errors import BundleError
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.evaluate.tokens import prompt_tokens
 from mediator_cli.runtime.open import open_bundle
-
-
-@pytest.fixture
-def shop(workshop):
-    add_words(workshop)
-    return workshop
 
 
 @torch.no_grad()

@@ -3,24 +3,15 @@
 import json
 
 import pytest
-from tiny_tokens import FILMS, SUMS, task_prompts, write_prompts
+from conftest import with_prompts
 
 from mediator_cli import load_recipe, make_plan
 from mediator_cli.errors import MediatorError
 from mediator_cli.plan.prompts import read_prompts
 from mediator_cli.recipe.router import RouterSpec
 
-A = {"name": "a", "model": "./a", "prompts": "./a.jsonl"}
-B = {"name": "b", "model": "./b", "prompts": "./b.jsonl"}
+A, B = with_prompts("a", "b")
 BARE = {"name": "b", "model": "./b"}
-
-
-@pytest.fixture
-def shop(workshop):
-    """A workshop with prompts for a and b."""
-    write_prompts(workshop.folder / "a.jsonl", task_prompts(SUMS))
-    write_prompts(workshop.folder / "b.jsonl", task_prompts(FILMS))
-    return workshop
 
 
 def plan_of(shop, *changes, **fields):

@@ -106,9 +106,9 @@ def test_both_ways_were_really_taken(bundle: Path) -> None:
 
 def test_routed_embeddings_heads_and_norms_are_mixed(bundle: Path) -> None:
     model = open_with(bundle, 1)
-    mixed = {mixer.name for mixer in model.opened.mixers if mixer.stack is not None}
+    mixed = {mixer.name for mixer in model.opened.mixers}
     assert "model.embed_tokens.weight" in mixed
-    assert model.lm_head.mixer.stack is model.model.embed_tokens.mixer.stack
+    assert model.lm_head.mixer.matrix is model.model.embed_tokens.mixer.matrix
     assert isinstance(model.model.norm, MixedVectors)
 
 
@@ -293,8 +293,10 @@ def test_a_newer_manifest_is_refused(bundle: Path) -> None:
 
 
 def test_the_cache_keeps_to_its_budget(bundle: Path) -> None:
-    entry = open_with(bundle, 1).opened.cache.entry_bytes
-    model = open_with(bundle, 1, cache_bytes=2 * entry)
+    opened = open_with(bundle, 1).opened
+    entry = opened.cache.entry_bytes
+    stacks = {mixer.name: mixer.matrix.deltas.stack_bytes for mixer in opened.mixers if mixer.matrix}
+    model = open_with(bundle, 1, cache_bytes=2 * entry + sum(stacks.values()))
     cache: MixtureCache = model.opened.cache
     with torch.no_grad():
         for mixture in ("a", "b", {"a": 0.5, "b": 0.5}):

@@ -287,11 +287,18 @@ def test_only_ridge_has_sums(tmp_path):
         read_router(tmp_path, manifest(record(classifier="logistic")))
 
 
-@pytest.mark.parametrize("fields", [{"size": SIZE + 1}, {"size": 2}, {"experts": EXPERTS[:2]}])
+@pytest.mark.parametrize("fields", [{"size": SIZE + 1}, {"size": 2}])
 def test_the_file_must_fit_the_manifest(tmp_path, fields):
     stored(tmp_path)
     with pytest.raises(BundleError, match=r"classifier.coefficients: is F32 \[3, 6\], not F32"):
         read_router(tmp_path, manifest(record(**fields)))
+
+
+@pytest.mark.parametrize("experts", [EXPERTS[:2], EXPERTS[::-1]])
+def test_experts_must_be_all_of_the_bundle_in_its_order(tmp_path, experts):
+    stored(tmp_path)
+    with pytest.raises(BundleError, match="are not all experts of the bundle in its order"):
+        read_router(tmp_path, manifest(record(experts=experts), experts=EXPERTS))
 
 
 def test_experts_must_be_those_of_the_bundle(tmp_path):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mediator_cli.bundle.sparse_file import SparseDelta
-from mediator_cli.runtime.stack import Stack, mixed_matrix, slice_stack, sparse_product, sparse_rows, stack_deltas
+from mediator_cli.bundle.sparse_file import SparseDelta, mix_deltas
+from mediator_cli.runtime.stack import Stack, slice_stack, sparse_product, sparse_rows, stack_deltas
 
 CPU = torch.device("cpu")
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.25, 0.7, 1.0, -0.5]), min_size=3, max_size=3)
@@ -41,7 +41,8 @@ def test_all_three_ways_compute_dense_plus_weighted_deltas(
     x = torch.randn(4, columns, generator=generator)
     expected = dense + sum(w * dense_delta(item, shape) for w, item in zip(weights, deltas, strict=True))
 
-    mixed = mixed_matrix(dense, stack, weights)
+    used_ = [(item, w) for item, w in zip(deltas, weights, strict=True) if item is not None and w]
+    mixed = mix_deltas(dense, used_)
     torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-6)
 
     each = torch.tensor([weights] * 4)
@@ -67,30 +68,27 @@ def test_each_token_has_its_own_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_single_expert_is_mixed_bit_for_bit_as_the_bundle_is_read(dtype: torch.dtype) -> None:
-    shape = (6, 5)
-    item = delta(shape, 5, overrides=4)
-    stack = stack_deltas([None, item], shape, CPU)
-    dense = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+def test_a_single_expert_changes_nothing_else_and_overrides_win(dtype: torch.dtype) -> None:
+    item = delta((6, 5), 5, overrides=4)
+    dense = torch.randn((6, 5), generator=torch.Generator().manual_seed(9)).to(dtype)
     before = dense.clone()
-    for weight in (1.0, 0.3):
-        assert torch.equal(mixed_matrix(dense, stack, [0.0, weight]), item.add_to(dense, weight))
+    full = (dense.float() + dense_delta(item, (6, 5))).to(dtype).flatten()
+    full[item.override_positions] = item.override_values.to(dtype)
+    assert torch.equal(mix_deltas(dense, [(item, 1.0)]).flatten(), full)
+    assert torch.equal(mix_deltas(dense, [(item, 0.3)]), (dense.float() + 0.3 * dense_delta(item, (6, 5))).to(dtype))
     assert torch.equal(dense, before)
 
 
 def test_overrides_do_not_reach_a_mixture_of_two() -> None:
     shape = (2, 3)
-    item = delta(shape, 5, density=0.9, overrides=2)
-    stack = stack_deltas([item, delta(shape, 6)], shape, CPU)
-    dense = torch.ones(shape)
-    expected = dense + dense_delta(item, shape) + 0.5 * dense_delta(delta(shape, 6), shape)
-    torch.testing.assert_close(mixed_matrix(dense, stack, [1.0, 0.5]), expected)
+    item, other = delta(shape, 5, density=0.9, overrides=2), delta(shape, 6)
+    expected = torch.ones(shape) + dense_delta(item, shape) + 0.5 * dense_delta(other, shape)
+    torch.testing.assert_close(mix_deltas(torch.ones(shape), [(item, 1.0), (other, 0.5)]), expected)
 
 
-def test_no_weights_give_a_copy_of_the_dense_matrix() -> None:
-    stack = stack_deltas([delta((2, 2), 1)], (2, 2), CPU)
+def test_no_deltas_give_a_copy_of_the_dense_tensor() -> None:
     dense = torch.randn(2, 2)
-    mixed = mixed_matrix(dense, stack, [0.0])
+    mixed = mix_deltas(dense, [])
     assert torch.equal(mixed, dense)
     assert mixed.data_ptr() != dense.data_ptr()
 

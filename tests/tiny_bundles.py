@@ -1,4 +1,4 @@
-"""A tiny base, experts, adapter and bundle whose tokenizer knows twenty words."""
+"""Bundles with a router, and rows in the words of the tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -7,28 +7,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tiny_tokens import FILMS, SUMS, WORDS, task_prompts, word_tokenizer, write_prompts
+from conftest import ROUTE_ALL, Workshop, with_prompts
+from tiny_tokens import FILMS, SUMS, WORDS
 
 from mediator_cli.evaluate.tasks import Row
 
-EXPERTS = [{"name": n, "model": f"./{n}", "prompts": f"./{n}.jsonl"} for n in ("a", "b")]
 PLAIN_EXPERTS = [{"name": n, "model": f"./{n}"} for n in ("a", "b")]
 
 
-def add_words(workshop: Any) -> None:
-    """Give base and experts a tokenizer that works, and prompts for a router."""
-    write_prompts(workshop.folder / "a.jsonl", task_prompts(SUMS))
-    write_prompts(workshop.folder / "b.jsonl", task_prompts(FILMS))
-    for name in ("base", "a", "b"):
-        (workshop.folder / name / "chat_template.jinja").unlink()
-        word_tokenizer().save_pretrained(workshop.folder / name)
-
-
-def routed(workshop: Any, name: str = "out", **policy: Any) -> Path:
+def routed(workshop: Workshop, name: str = "out", **policy: Any) -> Path:
     """Merge a bundle with a router."""
-    return workshop.merge(
-        name, experts=EXPERTS, assign={"rule": "all"}, extract={"density": 0.5}, router={"policy": policy}
-    )
+    return workshop.merge(name, experts=with_prompts(), router={"policy": policy}, **ROUTE_ALL)
 
 
 def make_rows(n: int, seed: int = 0) -> list[Row]:
