@@ -67,7 +67,7 @@ def _problems(job: Comparison, plan: Plan) -> Iterator[Problem]:
             hint = f"a task is named by its file, up to the first dot; the experts are {', '.join(experts)}"
             yield Problem("--tasks", f"no expert is named like the task '{task.name}'", hint)
     if plan.loaded.recipe.assign.rule == "none":
-        yield Problem(plan.loaded.place("assign"), "the recipe routes nothing", "there is nothing to ablate")
+        yield Problem(plan.loaded.place("assign", "rule"), "the recipe routes nothing", "there is nothing to ablate")
     if len(experts) < 2:
         yield Problem(plan.loaded.place("experts"), "there is one expert", "ablation compares ways to merge several")
 

@@ -155,10 +155,15 @@ class Made:
     def open(self, name: str) -> Loaded:
         """Open base, an expert's own model, or the bundle; only one is held at a time."""
         if name not in self.opened:
-            self.opened.clear()
-            gc.collect()
+            self.close()
             self.opened[name] = self._load(name)
         return self.opened[name]
+
+    def close(self) -> None:
+        """Let go of the model that is held, with its memory."""
+        if self.opened:
+            self.opened.clear()
+            gc.collect()
 
     def _load(self, name: str) -> Loaded:
         base = self.plan.base.path
@@ -176,8 +181,7 @@ class Made:
 
     def discard(self) -> None:
         """Close the model and delete its bundle; its scores and its size stay known."""
-        self.opened.clear()
-        gc.collect()
+        self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.is_built = False
 

@@ -25,6 +25,17 @@ Mixture = tuple[float, ...]
 Matrices = dict[str, torch.Tensor]
 Wanted = str | Mapping[str, float] | torch.Tensor | NDArray[np.float32] | Sequence[Sequence[float]]
 DENSE = "dense"
+PASS_TOKENS = 20
+"""What a pass of products costs beside its tokens, in tokens; measured by scripts/bench_runtime.py."""
+
+
+@dataclass
+class Scratch:
+    """What modules that run one after the other with one part need again: every operation counts for few tokens."""
+
+    x: torch.Tensor | None = None
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    scales: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,21 @@ class Part:
     rows: torch.Tensor | None
     weights: torch.Tensor
     matrices: Mapping[str, torch.Tensor] | None
+    scratch: Scratch = field(default_factory=Scratch, compare=False)
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Lay x [rows, …, columns] out for products: float32 [columns, tokens]; once for layers that share an input."""
+        if self.scratch.x is not x:
+            self.scratch.x, self.scratch.tokens = x, x.reshape(-1, x.shape[-1]).t().float().contiguous()
+        return self.scratch.tokens
+
+    def scales(self, first: int, count: int, n_tokens: int) -> torch.Tensor:
+        """Give the weights of a run of experts for each token, [count, 1, tokens]."""
+        key = (first, count, n_tokens)
+        if key not in self.scratch.scales:
+            each = self.weights.repeat_interleave(n_tokens // len(self.weights), dim=0)
+            self.scratch.scales[key] = each[:, first : first + count].t()[:, None].contiguous()
+        return self.scratch.scales[key]
 
     @cached_property
     def used(self) -> tuple[int, ...]:
@@ -68,14 +94,15 @@ class MixtureCache:
     def get(self, mixture: Mixture, n_tokens: int, switch: int) -> Matrices | None:
         """Return the mixture's matrices; build them once `switch` tokens have asked for them, None before.
 
-        Waiting until the products have cost as much as building never costs more than twice the best choice.
+        Waiting until the products have cost as much as building never costs more than twice the best choice. A pass
+        counts as PASS_TOKENS more.
         """
         if mixture in self.entries:
             self.entries.move_to_end(mixture)
             return self.entries[mixture]
         if not self.room:
             return None
-        self.waited[mixture] = self.waited.get(mixture, 0) + n_tokens
+        self.waited[mixture] = self.waited.get(mixture, 0) + PASS_TOKENS + n_tokens
         if self.waited[mixture] < switch:
             return None
         del self.waited[mixture]

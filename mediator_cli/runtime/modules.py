@@ -64,13 +64,14 @@ class Mixer:
         """The matrix's name in the bundle; empty without one."""
         return self.matrix.deltas.name if self.matrix else ""
 
-    def product(self, x: torch.Tensor, part: Part) -> torch.Tensor | None:
-        """Compute the sparse experts' share for x [rows, …, columns]; None when no row uses an expert."""
+    def add_product(self, y: torch.Tensor, x: torch.Tensor, part: Part) -> torch.Tensor:
+        """Add the sparse experts' share for x [rows, …, columns] to y [rows, …, n]; summed in float32, rounded once."""
         if self.matrix is None or not part.used:
-            return None
-        tokens = x.reshape(-1, x.shape[-1])
-        each = _per_token(part.weights, len(tokens))
-        return sparse_product(self.matrix.slice(part.used, x.device), tokens, each).view(*x.shape[:-1], -1)
+            return y
+        tokens = part.tokens(x)
+        found = self.matrix.slice(part.used, x.device)
+        share = sparse_product(found, tokens, part.scales(found.first, found.count, tokens.shape[1]))
+        return (y.view(-1, y.shape[-1]) + share.t()).to(y.dtype).view(y.shape)
 
     def vector(self, name: str, dense: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Mix a vector [n] for each row of weights [rows, experts] → [rows, n]; in float32, rounded once."""
@@ -103,9 +104,7 @@ class MixedLinear(nn.Linear):
 
     def _one(self, part: Part, x: torch.Tensor) -> torch.Tensor:
         if part.matrices is None:
-            y = functional.linear(x, self.weight)
-            share = self.mixer.product(x, part)
-            y = y if share is None else (y.float() + share).to(y.dtype)
+            y = self.mixer.add_product(functional.linear(x, self.weight), x, part)
         else:
             y = functional.linear(x, part.matrices.get(self.mixer.name, self.weight))
         if self.bias is None:

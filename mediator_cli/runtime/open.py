@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mediator_cli.runtime.mixing import Matrices, Mixture
 
 CACHE_BYTES = 1 << 30
-SWITCH_TOKENS = 64
+SWITCH_TOKENS = 128
 _DAMAGED = "fetch the bundle again or merge again"
 
 
@@ -117,9 +117,7 @@ def _owners(model: PreTrainedModel) -> dict[str, list[tuple[str, str]]]:
     return {name: owners[key] for key, group in names.items() for name in group}
 
 
-def _mixer(
-    bundle: Bundle, module: nn.Module, members: list[tuple[str, str]], matrices: Mapping[str, Matrix]
-) -> Mixer:
+def _mixer(bundle: Bundle, module: nn.Module, members: list[tuple[str, str]], matrices: Mapping[str, Matrix]) -> Mixer:
     mixer = Mixer()
     for parameter, name in members:
         tensor = module.get_parameter(parameter)

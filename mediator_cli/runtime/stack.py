@@ -84,12 +84,10 @@ def slice_stack(stack: Stack, used: Sequence[int]) -> Slice:
     return Slice(first, count, matrix)
 
 
-def sparse_product(part: Slice, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Compute Σ weight · x · deltaᵀ in float32: x [tokens, columns], weights [tokens, experts] → [tokens, rows]."""
-    products = torch.sparse.mm(part.matrix, x.float().t().contiguous())
-    products = products.view(part.count, -1, len(x))
-    scales = weights[:, part.first : part.first + part.count].t()
-    return torch.einsum("eot,et->to", products, scales)
+def sparse_product(part: Slice, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Compute Σ scale · delta · x in float32: x [columns, tokens], scales [count, 1, tokens] → [rows, tokens]."""
+    products = torch.sparse.mm(part.matrix, x).view(part.count, -1, x.shape[1])
+    return (products * scales).sum(0)
 
 
 def sparse_rows(stack: Stack, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Comparisons: answers as scored by hand, no row scored twice, nothing left behind."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROUTE_ALL, edit_tensors, fine_tune, with_prompts
@@ -26,7 +27,9 @@ VARIANTS = [*references(["a", "b"], crossed=True), *static_merges({"plain": ()})
 
 
 @pytest.fixture
-def job(shop):
+def job(shop, monkeypatch):
+    # Tiny models need no collection, which takes longer than all else.
+    monkeypatch.setattr(run, "gc", SimpleNamespace(collect=lambda: 0))
     recipe = shop.recipe(experts=with_prompts(), **ROUTE_ALL)
     return Comparison(recipe, TASKS, shop.folder / "work", settings=Settings(workers=1))
 
@@ -110,17 +113,18 @@ def test_routed_answers_have_the_mixture_of_their_policy(shop, job):
 
 
 def test_a_comparison_that_was_stopped_scores_no_row_twice(job, asked):
+    variants = [*references([], crossed=True), *routed(), *policies(2)]
     asked.stop_after = 5
     with pytest.raises(KeyboardInterrupt):
-        list(compare(job, VARIANTS))
+        list(compare(job, variants))
     asked.stop_after = None
-    resumed = list(compare(job, VARIANTS))
+    resumed = list(compare(job, variants))
     own_work = {(name.rpartition("/")[2], mixture, row) for name, mixture, row in asked.rows}
     assert len(asked.rows) == len(own_work) > 30
     n_calls = len(asked.calls)
-    again = list(compare(job, VARIANTS))
+    again = list(compare(job, variants))
     assert (again, len(asked.calls)) == (resumed, n_calls)
-    fresh = compare(replace(job, work=job.work / "fresh"), VARIANTS)
+    fresh = compare(replace(job, work=job.work / "fresh"), variants)
     assert [outcome.scores for outcome in fresh] == [outcome.scores for outcome in resumed]
 
 
@@ -151,9 +155,9 @@ def test_bundles_go_when_they_are_done_with_and_what_a_killed_run_left_is_not_tr
 
 
 def test_sizes_are_those_of_what_answers(shop, job):
-    shop.recipe(experts=[*with_prompts(), {"name": "l", "model": "./lora"}], **ROUTE_ALL)
+    lora = {"name": "l", "model": "./lora"}
     direct = read_manifest(shop.merge("direct", **ROUTE_ALL)).sizes
-    job = replace(job, recipe=shop.recipe("three.yaml", experts=[*with_prompts(), {"name": "l", "model": "./lora"}]))
+    job = replace(job, recipe=shop.recipe("three.yaml", experts=[*with_prompts(), lora]))
     variants = [*references(["a", "b", "l"], crossed=True)]
     found = {outcome.variant.name: outcome.n_bytes for outcome in compare(job, variants)}
     full = sum(tensor.nbytes for tensor in shop.base.values())

@@ -102,6 +102,6 @@ def test_a_report_counts_differences_from_the_reference():
 
     report = report_of([outcome("first", [True, False]), outcome("second", [True, True])], "second")
     assert [(m.name, m.accuracy, m.n_bytes, m.seconds_per_answer) for m in report.models] == [
-        ("first", 0.5, 7, 0.5), ("second", 1.0, 7, 0.5),
+        ("second", 1.0, 7, 0.5), ("first", 0.5, 7, 0.5),
     ]  # fmt: skip
     assert [(d.model, d.task, d.difference) for d in report.differences] == [("first", "a", -0.5)]

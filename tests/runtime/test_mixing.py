@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mediator_cli.errors import BundleError
-from mediator_cli.runtime.mixing import Matrices, Mixture, MixtureCache, as_weights, divide, spread
+from mediator_cli.runtime.mixing import PASS_TOKENS, Matrices, Mixture, MixtureCache, as_weights, divide, spread
 
 ONE, TWO, NONE = (1.0, 0.0), (0.25, 0.75), (0.0, 0.0)
 
@@ -18,9 +18,10 @@ def cache(budget: int = 20, entry: int = 10) -> MixtureCache:
 
 def test_matrices_are_built_once_enough_tokens_have_asked() -> None:
     kept = cache()
-    assert kept.get(ONE, 3, switch=8) is None
-    assert kept.get(ONE, 4, switch=8) is None
-    built = kept.get(ONE, 1, switch=8)
+    switch = 3 * PASS_TOKENS + 8
+    assert kept.get(ONE, 3, switch) is None
+    assert kept.get(ONE, 4, switch) is None
+    built = kept.get(ONE, 1, switch)
     assert built is not None
     assert built["w"].tolist() == [1.0, 0.0]
     assert kept.get(ONE, 0, switch=8) is built
@@ -51,10 +52,11 @@ def parts(rows: list[Mixture], n_tokens: int, switch: int = 8, budget: int = 100
 
 
 def test_one_mixture_with_many_tokens_gets_matrices_and_with_few_waits() -> None:
-    assert parts([ONE, ONE], 4) == [(None, "matrix")]
-    assert parts([ONE, ONE], 3) == [(None, "products")]
-    assert divide(torch.tensor([ONE]), 3, cache(), 8).waits
-    assert not divide(torch.tensor([ONE]), 9, cache(), 8).waits
+    switch = PASS_TOKENS + 8
+    assert parts([ONE, ONE], 4, switch) == [(None, "matrix")]
+    assert parts([ONE, ONE], 3, switch) == [(None, "products")]
+    assert divide(torch.tensor([ONE]), 3, cache(), switch).waits
+    assert not divide(torch.tensor([ONE]), 9, cache(), switch).waits
 
 
 def test_the_dense_expert_alone_needs_nothing() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qw
 
 from mediator_cli import load_recipe, make_plan, merge, read_bundle
 from mediator_cli.errors import BundleError, CheckpointError
-from mediator_cli.runtime.mixing import MixtureCache
+from mediator_cli.runtime.mixing import PASS_TOKENS, MixtureCache
 from mediator_cli.runtime.model import RoutedModel
 from mediator_cli.runtime.modules import MixedVectors, takes_rows
 from mediator_cli.runtime.open import open_bundle
@@ -169,7 +169,7 @@ def test_leaving_a_mixture_restores_what_was_before(bundle: Path) -> None:
 
 
 def test_few_tokens_wait_until_matrices_pay(bundle: Path) -> None:
-    model = open_with(bundle, 12)
+    model = open_with(bundle, 3 * PASS_TOKENS + 12)
     with torch.no_grad(), model.mixing("a"):
         ways = []
         for _ in range(4):

@@ -47,7 +47,9 @@ def test_all_three_ways_compute_dense_plus_weighted_deltas(
 
     each = torch.tensor([weights] * 4)
     used = [at for at, weight in enumerate(weights) if weight] or [0]
-    product = sparse_product(slice_stack(stack, used), x, each)
+    part = slice_stack(stack, used)
+    scales = each[:, part.first : part.first + part.count].t()[:, None]
+    product = sparse_product(part, x.t().contiguous(), scales).t()
     torch.testing.assert_close(x @ dense.T + product, x @ expected.T, atol=1e-4, rtol=1e-5)
 
     indices = torch.arange(4) % rows
@@ -59,7 +61,7 @@ def test_each_token_has_its_own_weights() -> None:
     deltas = [delta(shape, 1), delta(shape, 2), delta(shape, 3)]
     stack = stack_deltas(deltas, shape, CPU)
     x, weights = torch.randn(2, 4), torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 2.0]])
-    found = sparse_product(slice_stack(stack, [0, 1, 2]), x, weights)
+    found = sparse_product(slice_stack(stack, [0, 1, 2]), x.t().contiguous(), weights.t()[:, None]).t()
     rows = [
         x[at] @ sum(w * dense_delta(d, shape) for w, d in zip(weights[at].tolist(), deltas, strict=True)).T
         for at in range(2)
