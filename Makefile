@@ -71,6 +71,7 @@ bench-runtime: install ## time and memory of a bundle that answers, against its 
 quality: install ## the proof on real experts: all tables of the README, about an hour after make demo
 	$(BIN)/python -m scripts.quality.routers
 	$(BIN)/python -m scripts.quality
+	$(BIN)/python -m scripts.quality.report
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 

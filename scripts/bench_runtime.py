@@ -79,7 +79,9 @@ def memory(bundle: Path, dtype: torch.dtype) -> dict[str, float]:
         "weights MB": round(weights / 1e6, 1),
         "opened": round((opened - bare) / weights, 3),
         "after a batch of 8": round((resident() - bare) / weights, 3),
-        "stacks": round(sum(m.matrix.stack.n_bytes for m in model.opened.mixers if m.matrix and m.matrix.stack) / weights, 3),
+        "stacks": round(
+            sum(m.matrix.stack.n_bytes for m in model.opened.mixers if m.matrix and m.matrix.stack) / weights, 3
+        ),
     }
 
 

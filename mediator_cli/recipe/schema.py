@@ -95,7 +95,8 @@ class AssignSpec(Strict):
     rule: Annotated[
         Rule,
         Field(
-            description="none: average all. all: route all candidates. threshold: score > threshold. top_k: the k highest scores. "
+            description="none: average all. all: route all candidates. threshold: score > threshold. "
+            "top_k: the k highest scores. "
             "mean_std: score > mean + std deviations. listed: the units named."
         ),
     ] = "mean_std"

@@ -69,7 +69,7 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
@@ -80,6 +80,7 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise BundleError(Problem(str(folder), f"transformers cannot load it: {first}", _DAMAGED)) from None
+    model, info = found
     # transformers only warns of these, and fills what is missing with random numbers.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         for name in sorted(map(str, info[fault])):

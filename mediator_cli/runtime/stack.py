@@ -87,7 +87,8 @@ def slice_stack(stack: Stack, used: Sequence[int]) -> Slice:
 def sparse_product(part: Slice, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Compute Σ scale · delta · x in float32: x [columns, tokens], scales [count, 1, tokens] → [rows, tokens]."""
     products = torch.sparse.mm(part.matrix, x).view(part.count, -1, x.shape[1])
-    return (products * scales).sum(0)
+    total: torch.Tensor = (products * scales).sum(0)
+    return total
 
 
 def sparse_rows(stack: Stack, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

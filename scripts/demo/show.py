@@ -55,7 +55,9 @@ def accuracies(tasks: tuple[Task, ...]) -> Table:
         table.add_column(column.rstrip("#"), justify="right" if column.endswith("#") else "left")
     for row in rows:
         table.add_row(Path(row[0]).name, *row[1:])
-    table.caption = "oracle: each expert, complete, on its own task. In brackets: the right choice is the most probable."
+    table.caption = (
+        "oracle: each expert, complete, on its own task. In brackets: the right choice is the most probable."
+    )
     return table
 
 

@@ -92,7 +92,9 @@ def test_random_entries_are_those_of_the_seed_and_rescaled(workshop):
             assert torch.equal(sparse.values, delta[mask] * 4.0)
 
 
-@pytest.mark.parametrize(("select", "rescale", "factor"), [("magnitude", True, 4.0), ("random", False, 1.0), ("magnitude", 2.5, 2.5)])
+@pytest.mark.parametrize(
+    ("select", "rescale", "factor"), [("magnitude", True, 4.0), ("random", False, 1.0), ("magnitude", 2.5, 2.5)]
+)
 def test_rescale_is_a_choice(workshop, select, rescale, factor):
     extract = {"density": 0.25, "select": select, "rescale": rescale, "values": "fp32"}
     bundle, deltas = merged(workshop, extract)
