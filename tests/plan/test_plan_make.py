@@ -88,7 +88,7 @@ def test_the_later_of_two_overrides_wins(workshop):
     chosen = {name: tensor_of(plan, name) for name in (Q0, Q0.replace("q_proj", "k_proj"), MLP0)}
     assert [t.average.method.name for t in chosen.values()] == ["slerp", "ties", "linear"]
     assert [t.extract.density for t in chosen.values()] == [0.25, 0.5, 0.05]
-    assert [t.extract.values for t in chosen.values()] == ["int8", "int8", "bf16"]
+    assert [t.extract.values for t in chosen.values()] == ["int8", "int8", "sign"]
 
 
 def test_an_override_of_one_kind_leaves_the_other_alone(workshop):
