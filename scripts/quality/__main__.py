@@ -9,7 +9,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from mediator_cli.bundle.manifest import PolicyRecord
 from mediator_cli.compare.ablate import conflict_scores
@@ -17,12 +19,16 @@ from mediator_cli.compare.run import Comparison, Outcome, compare
 from mediator_cli.compare.table import report_of
 from mediator_cli.compare.variants import Variant, assignments, policies, references, static_merges
 from mediator_cli.evaluate.report import as_json, markdown
-from mediator_cli.evaluate.tasks import Task
+from mediator_cli.evaluate.score import ScoreSettings, score_rows
+from mediator_cli.evaluate.tasks import Row, Task
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
+from mediator_cli.runtime.model import RoutedModel
+from mediator_cli.runtime.open import open_bundle
+from mediator_cli.runtime.prompts import load_tokenizer
 from scripts.demo.wordings import WORDINGS
 from scripts.quality.choices import CHOSEN_STATIC, HALF_OF_LAYERS
-from scripts.quality.data import VERSIONS, foreign_tasks, version
+from scripts.quality.data import VERSIONS, foreign_tasks, mixed_rows, version
 from scripts.quality.validate import CHECKOUT, DATA, RECIPE, WORK
 
 REFERENCE = "oracle experts"
@@ -158,7 +164,9 @@ def policy(job: Comparison, console: Console) -> None:
     table(job, console, "policies", every)
     foreign = replace(job, tasks=foreign_tasks(0))
     base = Variant("reference", "base", "base", answer="dense")
-    outcomes = list(compare(foreign, [base, *every, Variant("policy", "dense expert alone", answer="dense")]))
+    # Top 2 and posterior give every row a mixture of its own, which takes long and is like argmax where it is sure.
+    few = [variant for variant in every if variant.name not in ("policy top 2", "policy posterior")]
+    outcomes = list(compare(foreign, [base, *few, Variant("policy", "dense expert alone", answer="dense")]))
     lines = [choice_line(outcome.variant.name, outcome, foreign.tasks) for outcome in outcomes]
     text = "| policy | " + " | ".join(task.name for task in foreign.tasks) + " |\n|---|---:|---:|\n" + "\n".join(lines)
     (WORK / "foreign.md").write_text(text + "\n", encoding="utf-8")
@@ -173,12 +181,62 @@ def choice_line(name: str, outcome: Outcome, tasks: Sequence[Task]) -> str:
     return f"| {name} | " + " | ".join(f"{share:.1f}" for share in shares) + " |"
 
 
+def mixed(job: Comparison, console: Console) -> None:
+    """Ask two questions of different tasks at once: the right choice of each part, by who answers."""
+    folder = CHECKOUT / "demo/bundle"
+    model, tokenizer = open_bundle(folder), load_tokenizer(folder)
+    chat = [{"role": "user", "content": "TEXT"}]
+    template = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    parts = mixed_rows(job.tasks, template, 0)
+    lines = []
+    for name, decide in MIXERS.items():
+        shares = []
+        for part in parts:
+            ids = [tokenizer.encode(row.prompt, add_special_tokens=False) for row in part.rows]
+            weights = decide(model.route(ids).probabilities, [model.expert_names.index(str(r.id)) for r in part.rows])
+            shares.append(100 * share_right(model, tokenizer, part, weights))
+        lines.append(f"| {name} | {shares[0]:.1f} | {shares[1]:.1f} | {sum(shares) / 2:.1f} |")
+    text = "| who answers | first part | second part | mean |\n|---|---:|---:|---:|\n" + "\n".join(lines)
+    (WORK / "mixed.md").write_text(text + "\n", encoding="utf-8")
+    console.print(f"\n== two questions at once, right choices in per cent\n{text}", markup=False)
+
+
+def share_right(model: RoutedModel, tokenizer: PreTrainedTokenizerBase, part: Task, weights: np.ndarray) -> float:
+    """Score rows grouped by mixture; return the share whose answer is the most probable choice."""
+    groups: dict[tuple[float, ...], list[Row]] = {}
+    for row, mixture in zip(part.rows, weights.tolist(), strict=True):
+        groups.setdefault(tuple(mixture), []).append(row)
+    right = 0
+    for mixture, rows in groups.items():
+        settings = ScoreSettings(raw=True, mixture=dict(zip(model.expert_names, mixture, strict=True)))
+        right += sum(bool(score.chosen_right) for score in score_rows(model, tokenizer, rows, settings))
+    return right / len(part.rows)
+
+
+def likeliest(probabilities: np.ndarray, count: int) -> np.ndarray:
+    """Share the weight between the `count` likeliest experts."""
+    order = np.argsort(-probabilities, axis=1)[:, :count]
+    weights = np.zeros_like(probabilities)
+    np.put_along_axis(weights, order, 1 / count, axis=1)
+    return weights
+
+
+MIXERS = {
+    "the part's own expert": lambda p, own: np.eye(p.shape[1])[own],
+    "the likeliest expert": lambda p, own: likeliest(p, 1),
+    "the two likeliest, half each": lambda p, own: likeliest(p, 2),
+    "the two likeliest, whole each": lambda p, own: 2 * likeliest(p, 2),
+    "all, a quarter each": lambda p, own: likeliest(p, p.shape[1]),
+    "the dense expert": lambda p, own: np.zeros_like(p),
+}
+
 PARTS = {
     "main": main_table,
     "versions": versions,
     "policy": policy,
     "layers": layers,
     "extraction": extraction,
+    "mixed": mixed,
 }
 
 if __name__ == "__main__":

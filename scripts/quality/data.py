@@ -52,7 +52,7 @@ def mixed_rows(tasks: Sequence[Task], template: str, seed: int) -> tuple[Task, .
     """Return questions in pairs of two tasks, each part a task of its own: raw prompts with choices.
 
     `template` is a rendered chat of one user turn that reads TEXT. The second part is asked behind the right answer
-    to the first.
+    to the first. A row's id is the task of its part.
     """
     rng = Random(f"{seed} mixed")
     first, second = [], []
@@ -69,4 +69,4 @@ def mixed_rows(tasks: Sequence[Task], template: str, seed: int) -> tuple[Task, .
 def _part(prompt: str, row: Row, task: Task, rng: Random) -> Row:
     others = sorted({other.answer for other in task.rows} - {row.answer})
     choices = row.choices or [row.answer, *rng.sample(others, min(3, len(others)))]
-    return Row(prompt=prompt, answer=f" {row.answer}", choices=[f" {choice}" for choice in choices])
+    return Row(prompt=prompt, answer=f" {row.answer}", choices=[f" {choice}" for choice in choices], id=task.name)

@@ -25,6 +25,9 @@ def main() -> None:
     foreign = WORK / "foreign.md"
     if foreign.is_file():
         parts.append(f"### Tasks that no expert was trained on, right choices\n\n{foreign.read_text('utf-8')}")
+    mixed = WORK / "mixed.md"
+    if mixed.is_file():
+        parts.append(f"### Two questions at once, right choices\n\n{mixed.read_text('utf-8')}")
     if _is_there("routers"):
         parts.append(f"### Routers\n\n{routers(json.loads((WORK / 'routers.json').read_text('utf-8')))}")
     text = README.read_text(encoding="utf-8")
