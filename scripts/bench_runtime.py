@@ -111,6 +111,7 @@ def first_token(model: RoutedModel, dense: torch.nn.Module, n_tokens: int, repea
     prompt = ids[0].tolist()
 
     def known() -> None:
+        object.__setattr__(model.opened, "switch", 1)
         with model.mixing("dense" if not model.expert_names else model.expert_names[0]):
             model(ids)
 

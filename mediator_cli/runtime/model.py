@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import Manifest
     from mediator_cli.runtime.mixing import Division, MixtureCache, Wanted
     from mediator_cli.runtime.modules import Mixer
+    from mediator_cli.runtime.prompts import PromptReader
     from mediator_cli.runtime.router import Router, Routing
 
 
@@ -31,11 +32,16 @@ class Opened:
 
     path: Path
     manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase | None
+    reader: PromptReader | None
     router: Router | None
     mixers: tuple[Mixer, ...]
     cache: MixtureCache
     switch: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that prompts are read with; None without a router."""
+        return self.reader.tokenizer if self.reader else None
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,12 @@ class RoutedModel(PreTrainedModel):
 
         Raises BundleError when the bundle has no router or a prompt is empty.
         """
-        router, tokenizer = self.opened.router, self.opened.tokenizer
-        if router is None or tokenizer is None:
+        router, reader = self.opened.router, self.opened.reader
+        if router is None or reader is None:
             hint = "fit one with `mediator fit-router`, or give a mixture"
             raise BundleError(Problem(str(self.opened.path), "the bundle has no router", hint))
         with self.mixing("dense"):
-            return route_prompts(self, tokenizer, router, prompts)
+            return route_prompts(self, reader, router, prompts)
 
     @contextmanager
     def mixing(self, mixture: Wanted) -> Iterator[None]:

@@ -14,7 +14,7 @@ from mediator_cli.runtime.deltas import Deltas
 from mediator_cli.runtime.mixing import MixtureCache
 from mediator_cli.runtime.model import MixState, Opened, RoutedModel
 from mediator_cli.runtime.modules import Matrix, MixedEmbedding, MixedLinear, MixedVectors, Mixer
-from mediator_cli.runtime.prompts import load_tokenizer
+from mediator_cli.runtime.prompts import load_tokenizer, prompt_reader
 from mediator_cli.runtime.router import read_router
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def open_bundle(
     for matrix in matrices.values():
         matrix.keeps = stacked <= cache_bytes
     cache = _cache(model, matrices, cache_bytes - stacked if stacked <= cache_bytes else cache_bytes)
-    tokenizer = load_tokenizer(bundle.path) if router else None
-    model.opened = Opened(bundle.path, bundle.manifest, tokenizer, router, mixers, cache, switch_tokens)
+    reader = prompt_reader(load_tokenizer(bundle.path)) if router else None
+    model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, cache, switch_tokens)
     model.state = MixState()
     getattr(model, model.base_model_prefix).register_forward_pre_hook(model.before_pass, with_kwargs=True)
     return model

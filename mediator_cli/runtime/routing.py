@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mediator_cli.runtime.features import FeatureSpec, prompt_features
-from mediator_cli.runtime.prompts import prompt_reader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from mediator_cli.runtime.prompts import PromptReader
     from mediator_cli.runtime.router import Router, Routing
 
 
 def route_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, router: Router, prompts: Sequence[Sequence[int]]
+    model: PreTrainedModel, reader: PromptReader, router: Router, prompts: Sequence[Sequence[int]]
 ) -> Routing:
     """Route prompts of token ids by the features of the dense expert `model`; raise BundleError for an empty one."""
-    reader = prompt_reader(tokenizer)
     contents = [reader.content(list(prompt)) for prompt in prompts]
     spec = FeatureSpec(router.record.features, router.record.layer)
-    return router.route(prompt_features(model, tokenizer, spec, contents))
+    return router.route(prompt_features(model, reader.tokenizer, spec, contents))
