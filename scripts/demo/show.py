@@ -1,5 +1,6 @@
 """What the demo's bundle can do: python -m scripts.demo.show. One question of each task, then a small table."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,7 @@ ROWS = 50
 def main() -> None:
     """Ask, then measure."""
     quiet_transformers()
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     tasks = load_tasks([DEMO / f"data/{task}.test.jsonl" for task in EXPERTS])
     console.print(questions(open_bundle(DEMO / "bundle"), tasks))
     console.print(accuracies(tasks))
