@@ -120,7 +120,7 @@ def test_an_adapter_is_what_peft_makes_of_it(base):
 
 
 def test_conflict_is_measured_on_every_layer(tmp_path):
-    manifest = read_bundle(run("mediator", tmp_path / "bundle")).manifest
+    manifest = read_bundle(run("mediator", tmp_path / "bundle", "assign.rule=mean_std")).manifest
     scores = [manifest.conflict.scores[f"model.layers.{n}"] for n in range(30)]
     assert all(0 < score < 0.75 for score in scores)
     assert 0 < list(manifest.assignment.values()).count("route") < 30
