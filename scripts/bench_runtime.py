@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from mediator_cli.cli.opening import quiet_transformers
 from mediator_cli.runtime.model import RoutedModel
-from mediator_cli.runtime.open import open_bundle
+from mediator_cli.runtime.open import SWITCH_TOKENS, open_bundle
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NEVER = 10**9
@@ -128,6 +128,7 @@ def batch(model: RoutedModel, dense: torch.nn.Module, repeats: int) -> dict[str,
     """Generate for 8 prompts at once: four mixtures, one mixture, plain dense expert; tokens per second."""
     ids = torch.randint(100, 40_000, (8, 64))
     mixtures = four_mixtures(model)
+    object.__setattr__(model.opened, "switch", SWITCH_TOKENS)
     options = {
         "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0,
         "attention_mask": torch.ones_like(ids),
