@@ -56,6 +56,15 @@ class OutputError(MediatorError):
     """The result cannot be written."""
 
 
+def first_line(error: Exception) -> str:
+    r"""Give what an error of another library says, without the essay below; its name where it says nothing.
+
+    >>> first_line(ValueError("no such layer\n\nPlease read ...")), first_line(KeyError())
+    ('no such layer', 'KeyError')
+    """
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the closest known word, or list what is known.
 

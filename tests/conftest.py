@@ -18,6 +18,7 @@ from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
 from mediator_cli.cli.app import main
+from mediator_cli.recipe.load import LoadedRecipe
 
 # The same examples in every run, and no limit of time: a busy machine is no failure.
 hypothesis_settings.register_profile(
@@ -176,6 +177,18 @@ def shop(workshop: Workshop) -> Workshop:
 def routed(shop: Workshop) -> Path:
     """A bundle with a router for a and b."""
     return shop.merge("out", experts=with_prompts(), **ROUTE_ALL)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., LoadedRecipe]:
+    """Load a recipe from a text, with changes."""
+
+    def from_text(text: str, *changes: str) -> LoadedRecipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return load_recipe(path, changes)
+
+    return from_text
 
 
 @dataclass(frozen=True)

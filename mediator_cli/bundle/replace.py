@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import MANIFEST, FileRecord, bundle_file, read_manifest, to_json
-from mediator_cli.checkpoint.write import write_error
+from mediator_cli.checkpoint.write import sync, write_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,10 +77,6 @@ def _put(folder: Path, staged: Mapping[str, Path]) -> None:
     try:
         for name, file in staged.items():
             file.replace(folder / name)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
     except OSError as error:
         raise write_error(folder, error) from None

@@ -107,6 +107,15 @@ def write_at(descriptor: int, file: Path, data: memoryview, offset: int) -> None
             raise write_error(file, error) from None
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def index_json(shards: Mapping[str, Sequence[NewTensor]]) -> dict[str, object]:
     """Build the index of a sharded checkpoint."""
     total = sum(tensor.n_bytes for tensor in _all(shards))

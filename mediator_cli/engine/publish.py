@@ -8,7 +8,7 @@ import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.write import write_error
+from mediator_cli.checkpoint.write import sync, write_error
 from mediator_cli.errors import OutputError, Problem
 
 if TYPE_CHECKING:
@@ -82,15 +82,7 @@ def _claim(building: Path) -> int:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _old(target: Path) -> Path:
@@ -116,4 +108,4 @@ def _swap(building: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)

@@ -12,6 +12,7 @@ from mediator_cli.evaluate.forward import Limits, make_job
 from mediator_cli.evaluate.layout import Query
 from mediator_cli.evaluate.routed import score_by_prompt
 from mediator_cli.evaluate.tokens import answer_tokens, end_tokens, prompt_tokens
+from mediator_cli.runtime.features import context_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -83,7 +84,7 @@ def _row_score(row: Row, found: Mapping[str, Scored], prompt: Prompt) -> RowScor
 
 
 def _refuse_long(model: PreTrainedModel, queries: Sequence[Query], owners: Sequence[int]) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = context_length(model.config)
     sizes: dict[int, int] = {}
     for query, at in zip(queries, owners, strict=True):
         sizes[at] = max(sizes.get(at, 0), len(query.fed))

@@ -9,7 +9,7 @@ import torch
 
 from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.checkpoint.read import open_files, read_slab
-from mediator_cli.errors import BundleError, Problem
+from mediator_cli.errors import BundleError, Problem, first_line
 from mediator_cli.runtime.features import FeatureReader, FeatureSpec, embedding_means, model_reader, text_reader
 
 if TYPE_CHECKING:
@@ -61,6 +61,5 @@ def _read_rows(table: TensorInfo, tokens: list[int]) -> torch.Tensor:
 
 
 def _fault(folder: Path, error: Exception) -> BundleError:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
     hint = "the router needs a model that transformers knows; features text needs none"
-    return BundleError(Problem(str(folder), f"the dense expert does not load: {reason}", hint))
+    return BundleError(Problem(str(folder), f"the dense expert does not load: {first_line(error)}", hint))

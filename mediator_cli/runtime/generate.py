@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mediator_cli.errors import BundleError, Problem
+from mediator_cli.runtime.features import context_length
 from mediator_cli.runtime.mixing import as_weights
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def answer(
 
 def check_length(model: RoutedModel, prompt: Sequence[int]) -> None:
     """Raise BundleError when a prompt is empty or fills the model's context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if not prompt:
         raise BundleError(Problem("prompt", "is empty", "give some text"))
     if limit is not None and len(prompt) >= limit:

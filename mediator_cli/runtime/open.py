@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mediator_cli.bundle.read import read_bundle
-from mediator_cli.errors import BundleError, Problem
+from mediator_cli.errors import BundleError, Problem, first_line
 from mediator_cli.runtime.deltas import Deltas
 from mediator_cli.runtime.mixing import MixtureCache
 from mediator_cli.runtime.model import MixState, Opened, RoutedModel
@@ -78,8 +78,7 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BundleError(Problem(str(folder), f"transformers cannot load it: {first}", _DAMAGED)) from None
+        raise BundleError(Problem(str(folder), f"transformers cannot load it: {first_line(error)}", _DAMAGED)) from None
     model, info = found
     # transformers only warns of these, and fills what is missing with random numbers.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):

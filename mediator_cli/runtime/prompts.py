@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from mediator_cli.errors import BundleError, Problem
+from mediator_cli.errors import BundleError, Problem, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -64,9 +64,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.encode("a", add_special_tokens=False)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception for a damaged file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         hint = "a router needs the tokenizer; put tokenizer.json and tokenizer_config.json there"
-        raise BundleError(Problem(str(folder), f"has no usable tokenizer: {reason}", hint)) from None
+        raise BundleError(Problem(str(folder), f"has no usable tokenizer: {first_line(error)}", hint)) from None
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

@@ -154,7 +154,7 @@ def test_the_lock_is_given_back(tmp_path):
 
 def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(module, "_sync", lambda path: synced.append((path.name, (tmp_path / "out").exists())))
+    monkeypatch.setattr(module, "sync", lambda path: synced.append((path.name, (tmp_path / "out").exists())))
     make_bundle(tmp_path / "out")
     before = {name for name, exists in synced if not exists}
     assert before == {"a.txt", "experts", "routing_manifest.json", ".out.partial"}

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mediator_cli import load_recipe
 from mediator_cli.errors import RecipeError
 from mediator_cli.recipe.schema import AssignSpec, parse_size
 
@@ -24,18 +23,6 @@ overrides:
   extract:
     density: 1e-3
 """
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Load a recipe from a text, with changes."""
-
-    def from_text(text, *changes):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return load_recipe(path, changes)
-
-    return from_text
 
 
 def problems(load, text, *changes):

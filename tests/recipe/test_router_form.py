@@ -2,7 +2,6 @@
 
 import pytest
 
-from mediator_cli import load_recipe
 from mediator_cli.bundle.manifest import PolicyRecord, RouterRecord
 from mediator_cli.errors import RecipeError
 from mediator_cli.recipe.router import POLICY_FIELDS, PolicySpec, RouterSpec
@@ -17,16 +16,6 @@ router:
     rule: uncertainty
     cover: 0.8
 """
-
-
-@pytest.fixture
-def load(tmp_path):
-    def from_text(text, *changes):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return load_recipe(path, changes)
-
-    return from_text
 
 
 def test_a_router_is_read_with_its_lines(load):

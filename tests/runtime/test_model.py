@@ -57,18 +57,23 @@ def open_with(folder: Path, switch: int, **options: Any) -> RoutedModel:
     return open_bundle(folder, dtype=options.pop("dtype", torch.float32), switch_tokens=switch, **options)
 
 
+def assert_complete(model: RoutedModel, folder: Path) -> None:
+    """Compare every row of a mixed batch with the complete checkpoint of its mixture."""
+    with torch.no_grad(), model.mixing(MIXTURES):
+        found = model(PROMPTS).logits
+    for row, weights in enumerate(MIXTURES):
+        with torch.no_grad():
+            expected = complete(folder, weights, torch.float32)(PROMPTS[row : row + 1]).logits[0]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("switch", [1, 10**9], ids=["matrices", "products"])
 @pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["room", "no room"])
 def test_rows_with_different_mixtures_are_those_of_complete_checkpoints(
     bundle: Path, switch: int, cache_bytes: int
 ) -> None:
     model = open_with(bundle, switch, cache_bytes=cache_bytes)
-    with torch.no_grad(), model.mixing(MIXTURES):
-        found = model(PROMPTS).logits
-    for row, weights in enumerate(MIXTURES):
-        with torch.no_grad():
-            expected = complete(bundle, weights, torch.float32)(PROMPTS[row : row + 1]).logits[0]
-        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+    assert_complete(model, bundle)
 
 
 def test_bfloat16_matrices_are_those_of_complete_checkpoints(bundle: Path) -> None:
@@ -198,12 +203,7 @@ def test_biases_are_mixed_for_each_row(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.bias" in read_bundle(folder).experts["a"].tensors
     for switch in (1, 10**9):
         model = open_with(folder, switch)
-        with torch.no_grad(), model.mixing(MIXTURES):
-            found = model(PROMPTS).logits
-        for row, weights in enumerate(MIXTURES):
-            with torch.no_grad():
-                expected = complete(folder, weights, torch.float32)(PROMPTS[row : row + 1]).logits[0]
-            torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+        assert_complete(model, folder)
 
 
 def test_only_modules_that_scale_take_a_vector_for_each_row() -> None:
