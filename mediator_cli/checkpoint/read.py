@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.checkpoint.adapter import Adapter, LoraFactor
     from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.spans import Layout, Part
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
@@ -70,6 +74,14 @@ def read_slab(descriptors: Mapping[Path, int], info: TensorInfo, start: int, sto
     return read_bytes(descriptors, info, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
 
 
+class Reader(Protocol):
+    """Gives slabs of named tensors."""
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read one slab [stop - start] as float32."""
+        ...
+
+
 @dataclass(frozen=True)
 class FullReader:
     """Reads the slabs of a full checkpoint in float32."""
@@ -118,4 +130,36 @@ class AdapterReader:
         return read_slab(self.descriptors, info, start, stop).double()
 
 
-Reader = FullReader | AdapterReader
+@dataclass(frozen=True)
+class MappedReader:
+    """Reads tensors that are made of runs of other tensors, as a layout says; all others from the source `own`."""
+
+    own: str
+    readers: Mapping[str, Reader]
+    layout: Layout
+
+    @cached_property
+    def _ends(self) -> dict[str, list[int]]:
+        return {name: list(accumulate(span.size for span in spans)) for name, spans in self.layout.items()}
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read one slab [stop - start] as float32."""
+        if name not in self.layout:
+            return self.readers[self.own].read(name, start, stop)
+        spans, ends = self.layout[name], self._ends[name]
+        pieces: list[torch.Tensor] = []
+        index = bisect_right(ends, start)
+        while start < stop:
+            span, end = spans[index], min(ends[index], stop)
+            offset = start - (ends[index] - span.size)
+            pieces.append(self._mean(span.parts, offset, end - start))
+            start, index = end, index + 1
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def _mean(self, parts: tuple[Part, ...], offset: int, size: int) -> torch.Tensor:
+        found = [
+            self.readers[part.source].read(part.tensor, part.start + offset, part.start + offset + size)
+            for part in parts
+        ]
+        # One part must keep its bits; the mean of several is taken in float64, so that it hardly depends on their order.
+        return found[0] if len(found) == 1 else torch.stack(found).double().mean(dim=0).float()

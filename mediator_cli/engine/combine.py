@@ -65,9 +65,11 @@ def write_dense(
 def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
     method = tensor.plan.average
     dtype = TORCH_DTYPES[tensor.plan.dtype]
+    if not dtype.is_floating_point:
+        info = streams.stored.tensors[piece.tensor]
+        return read_slab(streams.stored.descriptors, info, piece.start, piece.stop)
     if method is None or tensor.from_base:
-        info = streams.base.tensors[piece.tensor]
-        return read_slab(streams.base.descriptors, info, piece.start, piece.stop).to(dtype)
+        return streams.base.read(piece.tensor, piece.start, piece.stop).to(dtype)
     inputs, base = streams.inputs(piece, method.method.space)
     uniforms = streams.uniforms(piece) if method.method.random else None
     merged = average_slab(method, inputs, base, streams.weights, found, uniforms).to(dtype)

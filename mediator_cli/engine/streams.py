@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from mediator_cli.checkpoint.adapter import Adapter
-from mediator_cli.checkpoint.read import AdapterReader, FullReader, open_files
+from mediator_cli.checkpoint.read import AdapterReader, FullReader, MappedReader, open_files
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.errors import CheckpointError, OutputError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from mediator_cli.checkpoint.read import Reader
+    from mediator_cli.checkpoint.spans import Layout
     from mediator_cli.methods.registry import Space
-    from mediator_cli.plan.model import Plan
+    from mediator_cli.plan.model import ExpertSource, Plan
 
 BLOCK = 1 << 16
 """Elements in a fixed block. Sums and random numbers are per block; slabs are whole blocks, so they change nothing."""
@@ -70,9 +72,10 @@ def pieces(tensor: str, size: int, slab: int) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Streams:
-    """All sources of a plan, open for reading."""
+    """All sources of a plan, open for reading; `stored` has the base's tensors as they lie on disk."""
 
-    base: FullReader
+    stored: FullReader
+    base: Reader
     experts: tuple[Reader, ...]
     names: tuple[str, ...]
     weights: torch.Tensor
@@ -133,13 +136,23 @@ def open_streams(plan: Plan) -> Iterator[Streams]:
     for expert in plan.experts:
         files += weight_files(expert.tensors)
     with open_files(files) as descriptors:
-        base = FullReader(descriptors, plan.base.tensors)
-        readers: list[Reader] = []
-        for expert in plan.experts:
-            source = expert.source
-            if isinstance(source, Adapter):
-                readers.append(AdapterReader(base, descriptors, source))
-            else:
-                readers.append(FullReader(descriptors, source.tensors))
+        stored = FullReader(descriptors, plan.base.tensors)
+        own: dict[str, Reader] = {"base": stored}
+        own |= {expert.name: _own_reader(expert, stored, descriptors) for expert in plan.experts}
+        readers = {name: _mapped(name, own, plan.vocabulary.get(name, {})) for name in own}
+        names = tuple(expert.name for expert in plan.experts)
         weights = torch.tensor(plan.weights, dtype=torch.float64)
-        yield Streams(base, tuple(readers), tuple(e.name for e in plan.experts), weights, plan.loaded.recipe.seed)
+        experts = tuple(readers[name] for name in names)
+        yield Streams(stored, readers["base"], experts, names, weights, plan.loaded.recipe.seed)
+
+
+def _own_reader(expert: ExpertSource, base: FullReader, descriptors: Mapping[Path, int]) -> Reader:
+    """Read an expert's tensors under the base's names."""
+    if isinstance(expert.source, Adapter):
+        return AdapterReader(base, descriptors, expert.source)
+    stored = FullReader(descriptors, expert.source.tensors)
+    return _mapped(expert.name, {expert.name: stored}, expert.layout)
+
+
+def _mapped(name: str, readers: Mapping[str, Reader], layout: Layout) -> Reader:
+    return MappedReader(name, readers, layout) if layout else readers[name]

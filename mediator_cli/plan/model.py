@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.checkpoint.adapter import Adapter
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.source import Checkpoint
+    from mediator_cli.checkpoint.spans import Layout
     from mediator_cli.methods.registry import ResolvedMethod
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.recipe.router import RouterSpec
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """One expert, opened: headers only."""
+    """One expert, opened: headers only. `layout` makes tensors under the base's names from its own."""
 
     name: str
     weight: float
     source: Checkpoint | Adapter
     prompts: Path | None = None
+    layout: Layout = field(default_factory=dict)
 
     @property
     def kind(self) -> Literal["lora", "full"]:
@@ -75,7 +77,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a merge needs to know before the first tensor is read; `router` None = no router is fitted."""
+    """All that a merge needs to know before the first tensor is read; `router` None = no router is fitted.
+
+    `vocabulary` makes, by source (`base` or an expert), the tensors with a row per token in the output's order.
+    """
 
     loaded: LoadedRecipe
     base: Checkpoint
@@ -87,6 +92,7 @@ class Plan:
     differences: tuple[Difference, ...]
     notices: tuple[str, ...]
     router: RouterSpec | None = None
+    vocabulary: Mapping[str, Layout] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[str, ...]:
