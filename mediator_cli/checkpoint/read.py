@@ -161,5 +161,5 @@ class MappedReader:
             self.readers[part.source].read(part.tensor, part.start + offset, part.start + offset + size)
             for part in parts
         ]
-        # One part must keep its bits; the mean of several is taken in float64, so that it hardly depends on their order.
+        # One part must keep its bits; the mean of several is taken in float64, so that order hardly matters.
         return found[0] if len(found) == 1 else torch.stack(found).double().mean(dim=0).float()
