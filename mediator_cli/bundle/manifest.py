@@ -42,10 +42,14 @@ class SourceRecord(Record):
     name: str
     kind: Literal["full", "lora"]
     path: str
-    weight: float | None
+    weight: Annotated[
+        float | tuple[float, ...] | None,
+        Field(description="Merge coefficient, or its anchors over the layers, before overrides; null for the base."),
+    ]
     license: str | None
     files: tuple[FileRecord, ...]
     prompts: FileRecord | None = None
+    revision: Annotated[str | None, Field(description="Commit of a repository on the Hub; null for a folder.")] = None
 
 
 class RecipeRecord(Record):
@@ -95,6 +99,9 @@ class ExtractRecord(Record):
 
     dense: Literal["average", "base"]
     density: float
+    over: Annotated[
+        Literal["tensor", "model"], Field(description="Whether `density` is that of each tensor, or of all together.")
+    ] = "tensor"
     select: str
     rescale: float
     values: str
@@ -209,6 +216,9 @@ class Manifest(Record):
     files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
     sizes: Sizes
     digest: Annotated[str, Field(description="SHA-256 over all dense tensors and sparse files; see README.md.")]
+    averaged_in_routed_units: Annotated[
+        tuple[str, ...], Field(description="Tensors of routed units that the run time cannot mix for each input.")
+    ] = ()
     notices: tuple[str, ...]
 
 

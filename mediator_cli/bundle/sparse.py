@@ -18,6 +18,8 @@ ALIGNMENT = 8
 _BITMAP_ABOVE = 1 / 8
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INT8_MAX = 127
+_VALUE_BITS: dict[ValueCodec, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "sign": 1}
+_POSITION_BYTES = 8
 
 
 def index_codec(density: float) -> IndexCodec:
@@ -78,6 +80,28 @@ def decode_values(stored: torch.Tensor, codec: ValueCodec, scale: float) -> torc
     if codec == "int8":
         return (stored.double() * scale).float()
     return stored.float()
+
+
+def most_bytes(size: int, n_kept: int, values: ValueCodec, index: IndexCodec | None) -> int:
+    """Bound the bytes of a tensor's arrays without overrides; `index` None where it is chosen by what is kept.
+
+    Without a given index, `n_kept` may also be a share of what several tensors keep: then their sum is bounded.
+    """
+    n_values = -(-n_kept * _VALUE_BITS[values] // 8)
+    skipped = (size - n_kept) // ESCAPE
+    if index is None:
+        # A bitmap is taken only where it has fewer bytes than entries are kept.
+        return n_values + n_kept + size // ESCAPE + 1 + 2 * ALIGNMENT
+    return _aligned(n_values) + _aligned(-(-size // 8) if index == "bitmap" else n_kept + skipped)
+
+
+def most_override_bytes(size: int, value_bytes: int) -> int:
+    """Bound the bytes of a tensor's overrides, each a position and a value of so many bytes."""
+    return _aligned(size * _POSITION_BYTES) + _aligned(size * value_bytes)
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def padded(array: torch.Tensor, fill: int = 0) -> torch.Tensor:

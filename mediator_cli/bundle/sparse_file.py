@@ -104,10 +104,18 @@ class SparseFileWriter:
 
 def reserve_bytes(names: Iterable[str]) -> int:
     """Bound the header of a sparse file over these tensors; a multiple of 8."""
-    per_array, per_spec, rest = 128, 256, 1024
-    lengths = [len(json.dumps(name)) for name in names]
-    total = sum(len(_ARRAYS) * (length + per_array) + 2 * length + per_spec for length in lengths)
-    return -(-(total + rest) // ALIGNMENT) * ALIGNMENT
+    total = HEADER_BYTES + sum(entry_bytes(name) for name in names)
+    return -(-total // ALIGNMENT) * ALIGNMENT
+
+
+HEADER_BYTES = 1024
+"""Room in a header for what is no tensor's."""
+
+
+def entry_bytes(name: str) -> int:
+    """Bound what one tensor takes of the header."""
+    per_array, per_spec, length = 128, 256, len(json.dumps(name))
+    return len(_ARRAYS) * (length + per_array) + 2 * length + per_spec
 
 
 def start_sparse_file(file: Path, stream: BinaryIO, expert: str, names: Iterable[str]) -> SparseFileWriter:

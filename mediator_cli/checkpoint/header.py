@@ -10,9 +10,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mediator_cli.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -69,13 +72,25 @@ def read_header(file: Path) -> Header:
     Raises CheckpointError naming file and tensor when it breaks the format in any way.
     """
     try:
-        n_file = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little") if n_file >= 8 else -1
-            fits = 0 < length <= min(n_file - 8, MAX_HEADER_BYTES)
-            raw = stream.read(length if fits else 1)
+
+            def read(start: int, n: int) -> bytes:
+                stream.seek(start)
+                return stream.read(n)
+
+            return parse_header(file, file.stat().st_size, read)
     except OSError as error:
         raise unreadable(file, error) from None
+
+
+def parse_header(file: Path, n_file: int, read: Callable[[int, int], bytes]) -> Header:
+    """Check the header of a safetensors file of `n_file` bytes, wherever it lies now; `read` takes start and length.
+
+    The tensors get `file`, the path that they have or will have. Raises CheckpointError as `read_header` does.
+    """
+    length = int.from_bytes(read(0, 8), "little") if n_file >= 8 else -1
+    fits = 0 < length <= min(n_file - 8, MAX_HEADER_BYTES)
+    raw = read(8, length if fits else 1) if n_file > 8 else b""
     if not fits or not raw.startswith(b"{"):
         raise _not_safetensors(file, n_file, length if raw.startswith(b"{") else -1)
     entries = _parse(file, raw)
@@ -173,20 +188,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Read the headers of all safetensors files of a model folder, by tensor name in file order.
+def read_headers(files: Iterable[Path]) -> Iterable[Header]:
+    """Read and check the headers of several safetensors files."""
+    return map(read_header, files)
 
-    With an index, each tensor must stand in the file that the index names, and no other may.
+
+def read_tensors(
+    folder: Path,
+    headers: Callable[[Sequence[Path]], Iterable[Header]] = read_headers,
+    weights: str = "model.safetensors",
+) -> dict[str, TensorInfo]:
+    """Read the headers of all files of weights of a model folder, by tensor name in file order.
+
+    With an index, each tensor must stand in the file that the index names, and no other may. `headers` reads them;
+    `weights` is the name of the one file, or what the index is called after.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"{weights}.index.json"
     if not index.is_file():
-        return {info.name: info for info in read_header(folder / "model.safetensors").tensors}
+        return {info.name: info for header in headers([folder / weights]) for info in header.tensors}
     places = read_index(index)
     tensors: dict[str, TensorInfo] = {}
-    for file in dict.fromkeys(places.values()):
-        for info in read_header(folder / file).tensors:
-            if places.get(info.name) == file:
-                tensors[info.name] = info
+    files = list(dict.fromkeys(places.values()))
+    for file, header in zip(files, headers([folder / file for file in files]), strict=True):
+        tensors |= {info.name: info for info in header.tensors if places.get(info.name) == file}
     if missing := [name for name in places if name not in tensors]:
         place = f"{folder / places[missing[0]]}: {missing[0]}"
         raise CheckpointError(Problem(place, "tensor is in the index but not in this file", _DAMAGED))

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 Granularity = Literal["layer", "block", "tensor"]
 _COUNT_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_ENCODER_FIELDS, _DECODER_FIELDS = ("encoder_layers", "num_layers"), ("decoder_layers", "num_decoder_layers")
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Layers that predict further tokens: checkpoints may store them behind the others."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,10 @@ class Place:
 
 
 def place_of(name: str) -> Place:
-    """Take a tensor name apart at its first number, which counts the layers.
+    """Take a tensor name apart at its first number, which counts the layers; later ones count experts and the like.
 
-    >>> place_of("model.layers.3.self_attn.q_proj.weight")
-    Place(layer='model.layers.3', modules=('self_attn', 'q_proj'), parameter='weight')
+    >>> place_of("model.layers.3.mlp.experts.7.up_proj.weight")
+    Place(layer='model.layers.3', modules=('mlp', 'experts', '7', 'up_proj'), parameter='weight')
     >>> place_of("model.norm.weight")
     Place(layer=None, modules=('model', 'norm'), parameter='weight')
     """
@@ -80,16 +84,52 @@ def _stack_and_number(layer: str) -> tuple[str, int]:
 
 
 def missing_layers(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """Say what is wrong when the layers found are not the layers that the config counts."""
-    count = next((config[name] for name in _COUNT_FIELDS if isinstance(config.get(name), int)), None)
+    """Say what is wrong when the layers found are not the layers that the config counts.
+
+    Of a model with several stacks, those of its text are counted: encoder and decoder, or the language part.
+    """
     stacks: dict[str, list[int]] = {}
-    for layer in layers_of(names):
+    for layer in layers_of(name for name in names if not _is_of_sequence(name)):
         stack, number = _stack_and_number(layer)
         stacks.setdefault(stack, []).append(number)
     for stack, numbers in stacks.items():
         if gaps := sorted(set(range(max(numbers) + 1)) - set(numbers)):
             return f"layer {stack}.{gaps[0]} is missing"
-    if count is not None and stacks and count not in [len(numbers) for numbers in stacks.values()]:
-        longest = max(stacks, key=lambda stack: len(stacks[stack]))
-        return f"the config counts {count} layers, the tensors have {len(stacks[longest])} ({longest})"
+    left = {stack: len(numbers) for stack, numbers in stacks.items()}
+    for counts in _layer_counts(config) if stacks else ():
+        fitting = next((stack for stack, length in left.items() if length in counts), None)
+        if fitting is None:
+            longest = max(left or {stack: len(n) for stack, n in stacks.items()}, key=lambda each: len(stacks[each]))
+            return f"the config counts {counts[0]} layers, the tensors have {len(stacks[longest])} ({longest})"
+        del left[fitting]
     return None
+
+
+def _is_of_sequence(name: str) -> bool:
+    """Whether a number stands right before `weight`: modules of a sequence have gaps where one has no weights."""
+    place = place_of(name)
+    return not place.modules and place.parameter in ("weight", "bias")
+
+
+def _layer_counts(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Give the numbers of layers that each stack of a model's text may have.
+
+    >>> _layer_counts({"num_hidden_layers": 4}), _layer_counts({"text_config": {"n_layer": 2}, "depth": 9})
+    ([(4,)], [(2,)])
+    >>> _layer_counts({"is_encoder_decoder": True, "num_layers": 2, "num_decoder_layers": 3})
+    [(2,), (3,)]
+    """
+    if config.get("is_encoder_decoder"):
+        encoder = _first_number(config, (*_ENCODER_FIELDS, *_COUNT_FIELDS))
+        decoder = _first_number(config, _DECODER_FIELDS) or encoder
+        return [] if encoder is None or decoder is None else [(encoder,), (decoder,)]
+    count = _first_number(config, _COUNT_FIELDS)
+    if count is not None:
+        extra = _first_number(config, _EXTRA_FIELDS)
+        return [(count, count + extra) if extra else (count,)]
+    nested = next((config[name] for name in _TEXT_CONFIGS if isinstance(config.get(name), dict)), None)
+    return _layer_counts(nested) if nested is not None else []
+
+
+def _first_number(config: Mapping[str, Any], fields: Iterable[str]) -> int | None:
+    return next((config[name] for name in fields if isinstance(config.get(name), int)), None)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from mediator_cli.checkpoint.adapter import Adapter, LoraFactor
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.spans import Layout, Part
 
@@ -28,8 +27,6 @@ TORCH_DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-_PRODUCT_ELEMENTS = 1 << 18
-"""B·A is computed in row blocks of about this many elements, fixed by the shape, so that slabs cannot change bits."""
 
 
 @contextmanager
@@ -92,42 +89,6 @@ class FullReader:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read one slab [stop - start] as float32."""
         return read_slab(self.descriptors, self.tensors[name], start, stop).float()
-
-
-@dataclass(frozen=True)
-class AdapterReader:
-    """Reads the slabs of base + scale · B·A in float32, without a merged copy anywhere."""
-
-    base: FullReader
-    descriptors: Mapping[Path, int]
-    adapter: Adapter
-
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read one slab [stop - start] as float32."""
-        base = self.base.read(name, start, stop)
-        factor = self.adapter.factors.get(name)
-        return base if factor is None else base + self._delta(factor, start, stop)
-
-    def _delta(self, factor: LoraFactor, start: int, stop: int) -> torch.Tensor:
-        n_columns = factor.a.shape[1]
-        n_rows = max(1, _PRODUCT_ELEMENTS // max(1, n_columns))
-        a = self._factor(factor.a, 0, factor.a.size)
-        blocks = []
-        first_block = start // (n_rows * n_columns) if n_columns else 0
-        for row in range(first_block * n_rows, -(-stop // n_columns) if n_columns else 0, n_rows):
-            blocks.append(self._rows(factor, a, row, min(row + n_rows, factor.b.shape[0])))
-        offset = start - first_block * n_rows * n_columns
-        return torch.cat(blocks)[offset : offset + stop - start] if blocks else torch.zeros(stop - start)
-
-    def _rows(self, factor: LoraFactor, a: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Multiply in float64, so that the float32 result hardly depends on the order of the sum."""
-        rank = factor.b.shape[1]
-        b = self._factor(factor.b, first * rank, last * rank)
-        product = b.view(last - first, rank) @ a.view(rank, -1)
-        return (product * factor.scale).float().flatten()
-
-    def _factor(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        return read_slab(self.descriptors, info, start, stop).double()
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo, read_json, read_tensors, unreadable
+from mediator_cli.checkpoint.formats import SAFETENSORS, find_weights, list_names, refuse_pointers
+from mediator_cli.checkpoint.gguf_file import find_gguf, open_gguf
+from mediator_cli.checkpoint.header import Header, TensorInfo, read_json, read_tensors, unreadable
+from mediator_cli.checkpoint.hub import ONLINE, Access, find_repo, is_hub_id, missing_file, read_far_headers
+from mediator_cli.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
-_QUANTISED_NAME = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv)?|SCB|absmax|quant_map|weight_packed)$")
-_DEQUANTISE = "load it with transformers, dequantise it, and save it as float safetensors first"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json",
+    from mediator_cli.checkpoint.hub_repo import HubRepo
+
+_SIDE_PATTERNS = (
+    "tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.spm", "*.tiktoken", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_*_config.json", "*_Pooling/config.json",
 )  # fmt: skip
+_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "README.md", "*.index.json")
+_NEVER = (".py", ".pyc", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite")
+"""Code, which is never fetched nor copied, and weights, which are not side files whatever they are called."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a source lies: a folder on disk, or the folder in the cache that a Hub repository has."""
+
+    folder: Path
+    repo: HubRepo | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name to say in messages: what the user wrote of a Hub id, the path of a folder."""
+        return self.repo.source if self.repo else str(self.folder)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder: its config and where each tensor lies."""
+    """A model folder: its config and where each tensor lies; those of a Hub repository `repo` may still be there."""
 
     path: Path
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    repo: HubRepo | None = None
 
     @property
     def is_tied(self) -> bool:
@@ -41,35 +63,102 @@ def weight_files(tensors: Mapping[str, TensorInfo]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(info.file for info in tensors.values()))
 
 
-def find_folder(source: str, path: Path) -> Path:
-    """Check that `path`, which the recipe calls `source`, is a folder that can hold a model."""
+def find_location(source: str, path: Path, access: Access = ONLINE) -> Location:
+    """Find what the user calls `source`: the folder `path` where there is one, else the Hub's org/name[@revision].
+
+    From the Hub only small files are fetched: configs, tokenizer, templates, card.
+    """
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:
         raise unreadable(path, error) from None
     if is_folder:
-        return path
-    if path.suffix == ".gguf":
-        raise CheckpointError(Problem(str(path), "GGUF files are quantised and not supported", _DEQUANTISE))
+        gguf = find_gguf(path)
+        return Location(open_gguf(gguf) if gguf else path)
+    if path.suffix == ".gguf" and exists:
+        return Location(open_gguf(path))
     if exists:
-        raise CheckpointError(Problem(str(path), "is not a folder", "name the folder that holds config.json"))
-    if _HUB_ID.match(source):
-        repo = source.split("@")[0]
-        name = repo.split("/")[1]
-        hint = f"Hub ids are not supported yet: `hf download {repo} --local-dir {name}`, then name the folder"
-        raise CheckpointError(Problem(source, "no such folder", hint))
-    raise CheckpointError(Problem(str(path), "no such folder", "relative paths start at the recipe's folder"))
+        hint = f"name the folder that holds config.json, here perhaps {path.parent}"
+        raise CheckpointError(Problem(str(path), "is not a folder", hint))
+    if is_hub_id(source):
+        repo = find_repo(source, access, _is_wanted)
+        return Location(repo.folder, repo)
+    hint = "relative paths start at the recipe's folder; a model on the Hub is org/name or org/name@revision"
+    raise CheckpointError(Problem(str(path), "no such folder", hint))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a full checkpoint; raise CheckpointError for anything that is not float safetensors."""
+def open_checkpoint(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
+    """Open a full checkpoint of float tensors, in safetensors or in a .bin; raise CheckpointError for anything else."""
+    place = repo.source if repo else str(folder)
+    weights = _find_far_weights(repo) if repo else find_weights(place, list_names(folder))
+    if repo is None:
+        refuse_pointers(sorted(folder.glob("*")))
+    elif "config.json" not in repo.sizes:
+        raise missing_file(repo, "config.json")
     config = read_json(folder / "config.json")
-    _refuse_quantised(folder, config)
-    _refuse_other_formats(folder)
-    tensors = read_tensors(folder)
-    for info in tensors.values():
-        _refuse_quantised_tensor(info)
-    return Checkpoint(folder, config, tensors)
+    refuse_quantised_config(place, str(folder / "config.json"), config)
+    tensors = _read_weights(folder, weights, repo, config)
+    refuse_quantised_tensors(tensors.values())
+    return Checkpoint(folder, config, tensors, repo)
+
+
+def look_at(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
+    """Read the headers of any checkpoint, also of one that can't be merged, such as a quantised one."""
+    weights = find_weights(repo.source if repo else str(folder), list(repo.sizes) if repo else list_names(folder))
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return Checkpoint(folder, config, _read_weights(folder, weights, repo, config), repo)
+
+
+def _read_weights(folder: Path, weights: str, repo: HubRepo | None, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    read = _read_bins if weights.endswith(".bin") else _read_headers
+    return read(folder, weights, repo, config)
+
+
+def _find_far_weights(repo: HubRepo) -> str:
+    try:
+        return find_weights(repo.source, list(repo.sizes))
+    except CheckpointError:
+        if repo.offline:
+            # The cache does not tell which weights the repository has, so the usual ones are missed.
+            raise missing_file(repo, SAFETENSORS) from None
+        raise
+
+
+def _read_headers(
+    folder: Path, weights: str, repo: HubRepo | None, _config: Mapping[str, Any]
+) -> dict[str, TensorInfo]:
+    return read_tensors(folder, lambda files: read_far_headers(files, repo), weights)
+
+
+def _read_bins(folder: Path, weights: str, repo: HubRepo | None, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Find the tensors in files of torch.save, which must lie on disk; only here torch is needed to open a source."""
+    from mediator_cli.checkpoint.torch_file import read_torch_file, without_second_names  # noqa: PLC0415
+
+    if repo is not None:
+        _refuse_unseen(repo)
+    found = read_tensors(folder, lambda files: [Header(read_torch_file(file), {}, 0) for file in files], weights)
+    return without_second_names(found, config)
+
+
+def _refuse_unseen(repo: HubRepo) -> None:
+    if problem := unseen_problem(repo):
+        raise CheckpointError(problem)
+
+
+def unseen_files(repo: HubRepo) -> tuple[str, ...]:
+    """List the weight files of a repository that can't be looked at before they are fetched, and are not yet."""
+    found = [name for name in repo.sizes if fnmatchcase(name, "pytorch_model*.bin")]
+    return tuple(name for name in found if not (repo.folder / name).is_file())
+
+
+def unseen_problem(repo: HubRepo) -> Problem | None:
+    """Say that a repository's weights can't be checked before they are fetched; None where they are there."""
+    names = unseen_files(repo)
+    if not names:
+        return None
+    message = f"holds no safetensors; the tensors of {names[0]} cannot be checked before it is downloaded"
+    hint = f"`hf download {repo.repo_id} --revision {repo.commit} --include 'pytorch_model*.bin'`"
+    return Problem(repo.source, message, f"`mediator merge` downloads it first; to check it now, {hint}")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -77,35 +166,19 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        known = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-        message = f"is quantised ({known}); only float checkpoints can be merged"
-        raise CheckpointError(Problem(f"{folder / 'config.json'} quantization_config", message, _DEQUANTISE))
-
-
-def _refuse_other_formats(folder: Path) -> None:
-    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
-        return
-    if any(folder.glob("*.gguf")):
-        raise CheckpointError(Problem(str(folder), "holds GGUF files, which are quantised", _DEQUANTISE))
-    if any(folder.glob("pytorch_model*.bin")):
-        hint = "load it with transformers and save it again; it then writes safetensors"
-        raise CheckpointError(Problem(str(folder), "holds pytorch_model.bin, not safetensors", hint))
-    hint = "a checkpoint has model.safetensors or model.safetensors.index.json"
-    raise CheckpointError(Problem(str(folder), "holds no safetensors weights", hint))
-
-
-def _refuse_quantised_tensor(info: TensorInfo) -> None:
-    is_packed = info.name.endswith(".weight") and info.dtype not in FLOAT_DTYPES
-    if info.dtype.startswith("F8") or is_packed or _QUANTISED_NAME.search(info.name):
-        message = f"dtype {info.dtype}: the checkpoint is quantised; only float checkpoints can be merged"
-        raise CheckpointError(Problem(f"{info.file}: {info.name}", message, _DEQUANTISE))
-
-
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """List the tokenizer and chat template files of a model folder, sorted by name."""
-    names = [folder / name for name in TOKENIZER_FILES]
-    templates = [*folder.glob("chat_template*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
-    return tuple(sorted(path for path in {*names, *templates} if path.is_file()))
+    """List the files that go with a model's tokenizer and templates, sorted by name; never code, never weights."""
+    found = {file for pattern in _SIDE_PATTERNS for file in folder.glob(pattern)}
+    return tuple(sorted(file for file in found if file.suffix not in _NEVER and file.is_file()))
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file of a Hub repository is small and needed before any weight is read."""
+    if PurePosixPath(name).suffix in _NEVER:
+        return False
+    return any(_matches(name, pattern) for pattern in (*_SIDE_PATTERNS, *_SETTINGS))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # As in a glob of a folder, a star matches no slash.
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)

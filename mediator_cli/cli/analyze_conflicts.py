@@ -7,22 +7,34 @@ from typing import Annotated
 
 import typer
 
-from mediator_cli.cli.options import JsonOption, MemoryOption, QuietOption, RecipeArgument, SetOption, WorkersOption
-from mediator_cli.cli.output import print_json, print_notices, say
+from mediator_cli.cli.options import (
+    JsonOption,
+    MemoryOption,
+    OfflineOption,
+    QuietOption,
+    RecipeArgument,
+    SetOption,
+    WorkersOption,
+)
+from mediator_cli.cli.output import Told, print_json, say
 
 
 def analyze_conflicts(
     recipe: RecipeArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the report goes.")] = Path("conflicts.json"),
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the heat map: FILE.png or FILE.svg.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the heat map: FILE.html, or .png, .svg, .pdf.")
+    ] = None,
     changes: SetOption = None,
     memory: MemoryOption = "2GiB",
     workers: WorkersOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure where the experts disagree: a heat map of layers by module kinds, and a report to reuse."""
-    from mediator_cli.cli.heat_map import check_plot, draw_heat_map, print_heat_map, write_report
+    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.cli.heat_map import check_plot, draw, print_heat_map, write_report
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.conflicts import preview_assignment
@@ -30,15 +42,16 @@ def analyze_conflicts(
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_partly(recipe, changes or ()))
+    made = make_plan(load_partly(recipe, changes or ()), Access(offline))
     check_plot(plot)
-    print_notices(() if quiet else made.notices)
+    told = Told(quiet)
+    told.tell(*made.notices)
     with shown_progress(quiet) as progress:
-        report = measure(made, settings(memory, workers, progress=progress))
+        report = measure(made, settings(memory, workers, progress=progress, notify=told.tell))
     write_report(output, report)
     preview = preview_assignment(made, report)
     if plot is not None:
-        draw_heat_map(plot, report, preview)
+        draw(plot, made, report, preview)
     if as_json:
         print_json(report.model_dump(mode="json"))
     elif not quiet:

@@ -16,6 +16,7 @@ from mediator_cli.cli.chat import chat
 from mediator_cli.cli.evaluate import evaluate
 from mediator_cli.cli.fit_router import fit_router
 from mediator_cli.cli.generate import generate
+from mediator_cli.cli.init import init
 from mediator_cli.cli.inspect import inspect
 from mediator_cli.cli.merge import merge
 from mediator_cli.cli.methods import methods
@@ -52,6 +53,7 @@ def root(
 
 
 for command in (
+    init,
     validate,
     plan,
     analyze_conflicts,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator_cli.cli.options import JsonOption, QuietOption
+from mediator_cli.cli.options import JsonOption, OfflineOption, QuietOption
 from mediator_cli.cli.output import console, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def evaluate(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="Model folders, adapters, bundles; BUNDLE::EXPERT, BUNDLE::dense and BUNDLE::oracle are parts of one.",
+            help="Models, adapters, bundles; BUNDLE::EXPERT, BUNDLE::dense and BUNDLE::oracle are parts of one.",
             metavar="MODEL…",
             show_default=False,
         ),
@@ -36,7 +36,7 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="First rows of each task.", show_default=False)
     ] = None,
     base: Annotated[
-        Path | None, typer.Option("--base", metavar="DIR", help="The base of adapters.", show_default=False)
+        str | None, typer.Option("--base", metavar="MODEL", help="The base of adapters.", show_default=False)
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
     harness: Annotated[
@@ -52,19 +52,24 @@ def evaluate(
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table here too.", show_default=False)
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the table into the README.md of the bundles.")] = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure models on tasks: accuracy, memory, time; the same for bundles, their experts, and plain models."""
+    from mediator_cli.checkpoint.hub import Access
     from mediator_cli.evaluate.models import find_candidates
     from mediator_cli.evaluate.tasks import load_tasks
 
     models, files = sorted_out(names, tasks or [])
     if harness is not None:
-        _harness(find_candidates(models, [], base), harness.split(","), files, limit, as_json)
+        candidates = find_candidates(models, [], base, Access(offline))
+        _download(candidates, quiet or as_json)
+        _harness(candidates, harness.split(","), files, limit, as_json)
         return
     loaded = load_tasks(_some(files))
-    candidates = find_candidates(models, [task.name for task in loaded], base)
+    candidates = find_candidates(models, [task.name for task in loaded], base, Access(offline))
+    _download(candidates, quiet or as_json)
     from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.evaluate.run import EvaluateSettings
     from mediator_cli.evaluate.run import evaluate as run
@@ -89,6 +94,14 @@ def _some(files: Sequence[Path]) -> Sequence[Path]:
     if not files:
         raise MediatorError(Problem("--tasks", "there is nothing to answer", "give files of rows: --tasks FILE"))
     return files
+
+
+def _download(candidates: Sequence[Candidate], quiet: bool) -> None:
+    from mediator_cli.cli.progress import shown_progress
+    from mediator_cli.evaluate.models import download_candidates
+
+    with shown_progress(quiet) as progress:
+        download_candidates(candidates, progress)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""The conflict heat map: in the terminal, and as a picture through matplotlib."""
+"""The conflict heat map: in the terminal, as a page, and as a picture through matplotlib."""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.output import console, print_table, say
+from mediator_cli.cli.heat_words import short_kind
+from mediator_cli.cli.output import console, print_table, say, write_text
 from mediator_cli.errors import OutputError, Problem
 
 if TYPE_CHECKING:
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.manifest import ConflictReport
     from mediator_cli.pipeline.conflicts import Preview
+    from mediator_cli.plan.model import Plan
 
-_FORMATS = (".png", ".svg")
+_PAGE = ".html"
+_PICTURES = (".png", ".svg", ".pdf")
 _WIDE = 120
 # From agreement to conflict, dark to light text kept readable on each.
 _SHADES = ((0.0, "#f7fbff"), (0.1, "#d2e3f3"), (0.2, "#9ac8e0"), (0.3, "#fdd49e"), (0.4, "#fc8d59"), (0.5, "#d7301f"))
@@ -26,10 +29,11 @@ def check_plot(plot: Path | None) -> None:
     """Raise OutputError before any work when the picture could not be drawn."""
     if plot is None:
         return
-    if plot.suffix not in _FORMATS:
-        raise OutputError(Problem(str(plot), f"'{plot.suffix}' is not a picture format", "use .png or .svg"))
-    if importlib.util.find_spec("matplotlib") is None:
-        hint = "pip install 'mediator-merge[plot]'"
+    if plot.suffix not in (*_PICTURES, _PAGE):
+        hint = f"use {', '.join(_PICTURES)} or {_PAGE}"
+        raise OutputError(Problem(str(plot), f"'{plot.suffix}' is not a picture format", hint))
+    if plot.suffix != _PAGE and importlib.util.find_spec("matplotlib") is None:
+        hint = "pip install 'mediator-merge[plot]', or give a name that ends with .html"
         raise OutputError(Problem("--plot", "pictures need matplotlib", hint))
     if not plot.absolute().parent.is_dir():
         raise OutputError(Problem(str(plot), "no such folder", "create it first"))
@@ -39,13 +43,17 @@ def write_report(file: Path, report: ConflictReport) -> None:
     """Write the report beside its place, then rename it."""
     from mediator_cli.bundle.manifest import to_json
 
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(to_json(report), encoding="utf-8")
-        partial.rename(file)
-    except OSError as error:
-        reason = (error.strerror or "failed").lower()
-        raise OutputError(Problem(str(file), f"cannot write: {reason}", "choose another place with -o")) from None
+    write_text(file, to_json(report))
+
+
+def draw(file: Path, plan: Plan, report: ConflictReport, preview: Preview) -> None:
+    """Draw the heat map in the form that the file's name asks for."""
+    if file.suffix != _PAGE:
+        draw_heat_map(file, report, preview)
+        return
+    from mediator_cli.cli.heat_page import heat_page
+
+    write_text(file, heat_page(plan, report, preview))
 
 
 def _cell(value: float | None) -> Text:
@@ -55,13 +63,6 @@ def _cell(value: float | None) -> Text:
         return Text("")
     shade = next(colour for limit, colour in reversed(_SHADES) if value >= limit)
     return Text(f"{100 * value:3.0f}", style=f"black on {shade}")
-
-
-def _short(kind: str) -> str:
-    """Shorten the usual names of modules, so that a row fits in a terminal."""
-    for word, shorter in (("_proj", ""), ("layernorm", "norm"), ("post_attention", "post"), ("input", "in")):
-        kind = kind.replace(word, shorter)
-    return kind
 
 
 def _shown_beside() -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def print_heat_map(report: ConflictReport, preview: Preview) -> None:
         )
     ]
     say(f"conflict ({preview.measure}, in %) between {', '.join(report.experts)}; denoise {report.denoise}")
-    columns = [f"{_short(kind)}#" for kind in table.columns]
+    columns = [f"{short_kind(kind)}#" for kind in table.columns]
     print_table(("layer", *columns, "score#", *(f"{name}#" for name in _shown_beside()), "assignment"), rows)
     say("0 = all signs agree, 50 = signs are as in independent random deltas")
     if _shown_beside():
@@ -116,7 +117,7 @@ def draw_heat_map(file: Path, report: ConflictReport, preview: Preview) -> None:
         layout="constrained",
     )
     picture = left.imshow(values, aspect="auto", cmap="RdYlBu_r", vmin=0, vmax=0.6)
-    left.set_xticks(range(len(table.columns)), [_short(kind) for kind in table.columns], rotation=45, ha="right")
+    left.set_xticks(range(len(table.columns)), [short_kind(kind) for kind in table.columns], rotation=45, ha="right")
     left.set_yticks(range(len(table.rows)), table.rows)
     figure.colorbar(picture, ax=left, label=f"conflict ({preview.measure})", shrink=0.6)
     # Points, not bars: layers differ by little, and a bar that does not start at zero misleads.

@@ -7,31 +7,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator_cli.cli.options import JsonOption
+from mediator_cli.cli.options import JsonOption, OfflineOption
 from mediator_cli.cli.output import human_bytes, print_json, print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.hub_repo import HubRepo
 
 
 def inspect(
-    folder: Annotated[
-        Path, typer.Argument(help="A bundle, a checkpoint or an adapter.", metavar="DIR", show_default=False)
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A bundle, a checkpoint or an adapter: a folder, or ORG/NAME on the Hub.",
+            metavar="SOURCE",
+            show_default=False,
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a folder holds: tensors, dtypes, sizes; for a bundle also assignment, experts and lineage."""
-    from mediator_cli.checkpoint.source import find_folder
+    """Show what a source holds: tensors, dtypes, sizes; for a bundle also assignment, experts and lineage."""
+    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.source import find_location
 
-    find_folder(str(folder), folder.absolute())
-    facts = describe(folder)
+    location = find_location(source, Path(source).absolute(), Access(offline))
+    # A folder is shown as it was written, not by its long path.
+    folder = Path(source) if location.folder == Path(source).absolute() else location.folder
+    facts = describe(folder, location.repo)
     if as_json:
         print_json(facts)
         return
-    say(f"{folder}: {facts['kind']}, {facts['n_tensors']} tensors, {human_bytes(facts['bytes'])}")
+    say(f"{source}: {facts['kind']}, {facts['n_tensors']} tensors, {human_bytes(facts['bytes'])}")
     if tensors:
         rows = [
             (t["name"], t["dtype"], _shape(t["shape"]), human_bytes(t["bytes"]), t["file"]) for t in facts["tensors"]
@@ -43,30 +53,34 @@ def inspect(
             for g in facts["groups"]
         ]
         print_table(("tensors", "count#", "dtype", "shape", "bytes#"), rows)
+    if facts["commit"]:
+        say(f"commit        {facts['commit']}")
     if facts["config"]:
         say("config        " + ", ".join(f"{name}={value}" for name, value in facts["config"].items()))
     if facts["kind"] == "bundle":
         _print_bundle(folder)
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """Gather the facts of a folder from headers and JSON files."""
+def describe(folder: Path, repo: HubRepo | None = None) -> dict[str, Any]:
+    """Gather the facts of a folder, or of a repository whose weights may still be on the Hub, from headers alone."""
     from mediator_cli.bundle.manifest import MANIFEST, read_manifest
-    from mediator_cli.checkpoint.header import read_header, read_json, read_tensors
-    from mediator_cli.checkpoint.source import is_adapter
+    from mediator_cli.checkpoint.header import read_json
+    from mediator_cli.checkpoint.hub import read_far_header
+    from mediator_cli.checkpoint.source import is_adapter, look_at
 
     kind = "bundle" if (folder / MANIFEST).is_file() else "LoRA adapter" if is_adapter(folder) else "checkpoint"
     if kind == "LoRA adapter":
-        found = {info.name: info for info in read_header(folder / "adapter_model.safetensors").tensors}
+        found = {info.name: info for info in read_far_header(folder / "adapter_model.safetensors", repo).tensors}
         config = read_json(folder / "adapter_config.json")
         shown = {name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "base_model_name_or_path")}
     else:
-        found = read_tensors(folder)
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        checkpoint = look_at(folder, repo)
+        found, config = dict(checkpoint.tensors), dict(checkpoint.config)
         names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size", "tie_word_embeddings")
         shown = {name: config[name] for name in names if name in config}
     return {
-        "path": str(folder),
+        "path": repo.source if repo else str(folder),
+        "commit": repo.commit if repo else None,
         "kind": kind,
         "n_tensors": len(found),
         "bytes": sum(info.n_bytes for info in found.values()),

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mediator_cli.cli.options import JsonOption, MemoryOption, QuietOption, RecipeArgument, SetOption, WorkersOption
-from mediator_cli.cli.output import human_bytes, print_json, print_notices, print_table, say
+from mediator_cli.cli.options import (
+    JsonOption,
+    MemoryOption,
+    OfflineOption,
+    QuietOption,
+    RecipeArgument,
+    SetOption,
+    WorkersOption,
+)
+from mediator_cli.cli.output import Told, human_bytes, print_json, print_table, say
 
 if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import Manifest, RouterRecord
@@ -27,28 +35,32 @@ def merge(
     changes: SetOption = None,
     memory: MemoryOption = "2GiB",
     workers: WorkersOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Carry a recipe out: measure conflict, assign layers, average, extract experts, write the bundle."""
     from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.checkpoint.hub import Access
     from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
+    from mediator_cli.pipeline.download import plan_with_unseen
     from mediator_cli.pipeline.merge import merge as carry_out
-    from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_partly(recipe, changes or ()))
-    print_notices(() if quiet else made.notices)
+    with shown_progress(quiet) as progress:
+        made = plan_with_unseen(load_partly(recipe, changes or ()), Access(offline), progress)
+    told = Told(quiet)
+    told.tell(*made.notices)
     if made.router is not None:
         quiet_transformers()
     started = time.monotonic()
     with shown_progress(quiet) as progress:
-        run = settings(memory, workers, overwrite=overwrite, progress=progress)
+        run = settings(memory, workers, overwrite=overwrite, progress=progress, notify=told.tell)
         folder = carry_out(made, output, conflicts, run)
     manifest = read_manifest(folder)
-    print_notices(() if quiet else (notice for notice in manifest.notices if notice not in made.notices))
+    told.tell(*manifest.notices)
     if as_json:
         print_json(summary(folder, manifest, time.monotonic() - started))
     elif not quiet:

@@ -18,3 +18,6 @@ WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Worker threads; default: one per core.", show_default=False)
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Ask the Hub nothing: take its models from the cache alone.")
+]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from mediator_cli.errors import OutputError, Problem
+from mediator_cli.recipe.sizes import human_bytes as human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from rich.console import Console
     from rich.text import Text
-
-    from mediator_cli.errors import Problem
-
-_STEP = 1000
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -58,6 +60,20 @@ def print_notices(notices: Iterable[str]) -> None:
         out.print(f"[yellow]warning:[/] {_plain(notice)}")
 
 
+@dataclass
+class Told:
+    """Prints each notice once; when quiet, none."""
+
+    quiet: bool
+    seen: set[str] = field(default_factory=set)
+
+    def tell(self, *notices: str) -> None:
+        """Print the notices that were not printed yet."""
+        new = [notice for notice in notices if notice not in self.seen]
+        self.seen.update(new)
+        print_notices(() if self.quiet else new)
+
+
 def _plain(text: str) -> str:
     return text.replace("[", "\\[")
 
@@ -77,14 +93,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], ti
     console().print(table)
 
 
-def human_bytes(n: float) -> str:
-    """Write a number of bytes for people.
-
-    >>> human_bytes(269_000_000), human_bytes(12)
-    ('269.0 MB', '12 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < _STEP:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= _STEP
-    return f"{n:.1f} TB"
+def write_text(file: Path, text: str) -> None:
+    """Write a text beside its place, then rename it; raise OutputError, and leave nothing, when that fails."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = (error.strerror or "failed").lower()
+        raise OutputError(Problem(str(file), f"cannot write: {reason}", "choose another place with -o")) from None

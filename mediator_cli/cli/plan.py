@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mediator_cli.cli.options import JsonOption, MemoryOption, RecipeArgument, SetOption, WorkersOption
+from mediator_cli.cli.options import JsonOption, MemoryOption, OfflineOption, RecipeArgument, SetOption, WorkersOption
 from mediator_cli.cli.output import human_bytes, print_json, print_notices, print_table, say
 
 if TYPE_CHECKING:
@@ -20,15 +20,18 @@ def plan(
     changes: SetOption = None,
     memory: MemoryOption = "2GiB",
     workers: WorkersOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a merge would do: layers, bytes, memory, parameters, and which source wins where they differ."""
+    from mediator_cli.checkpoint.hub import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
+    from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_partly(recipe, changes or ()))
+    made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     report = describe_plan(made, output, settings(memory, workers))
     if as_json:
         print_json(report.model_dump(mode="json"))
@@ -43,6 +46,7 @@ def _print(report: PlanReport) -> None:
         ("layers", f"{report.n_layers} ({report.n_units} units, {report.n_tensors} tensors)"),
         ("assignment", report.assignment),
         ("settings", "; ".join(f"{what} from {who}" for what, who in report.settings_from.items())),
+        ("download", _downloads(report.download_bytes)),
         ("read", f"{human_bytes(sum(report.read_bytes.values()))}: " + _stages(report.read_bytes)),
         ("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts"),
         ("peak memory", f"about {human_bytes(report.peak_memory)} with {report.workers} workers"),
@@ -58,6 +62,12 @@ def _print(report: PlanReport) -> None:
         print_table(("setting", "winner", "value", "others"), cells, title="where the sources differ")
     else:
         say("config, generation config, tokenizer and chat template are the same in all sources.\n")
+
+
+def _downloads(by_source: dict[str, int]) -> str:
+    if not by_source:
+        return "nothing"
+    return f"{human_bytes(sum(by_source.values()))}: {_stages(by_source)}"
 
 
 def _stages(read: dict[str, int]) -> str:

@@ -17,12 +17,13 @@ def settings(
     *,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Settings:
     """Read the options that say how to run; raise OutputError when the memory is not a size."""
     from mediator_cli.engine.pool import keep_freed_memory
     from mediator_cli.errors import OutputError, Problem
     from mediator_cli.pipeline.merge import Settings
-    from mediator_cli.pipeline.progress import silent
+    from mediator_cli.pipeline.progress import silent, unheard
     from mediator_cli.recipe.schema import parse_size
 
     try:
@@ -30,4 +31,5 @@ def settings(
     except ValueError as error:
         raise OutputError(Problem("--memory", str(error), "write for example --memory 2GiB")) from None
     keep_freed_memory()
-    return Settings(overwrite, n_bytes, workers or os.cpu_count() or 1, progress or silent)
+    cores = workers or os.cpu_count() or 1
+    return Settings(overwrite, n_bytes, cores, progress or silent, notify=notify or unheard)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from mediator_cli.cli.options import JsonOption, RecipeArgument, SetOption
+from mediator_cli.cli.options import JsonOption, OfflineOption, RecipeArgument, SetOption
 from mediator_cli.cli.output import print_json, print_notices, problem_rows, say
 
 
-def validate(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOption = False) -> None:
+def validate(
+    recipe: RecipeArgument, changes: SetOption = None, offline: OfflineOption = False, as_json: JsonOption = False
+) -> None:
     """Check a recipe and its checkpoints: every problem at once, from headers and configs alone."""
+    from mediator_cli.checkpoint.hub import Access
     from mediator_cli.errors import MediatorError
+    from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly
 
     try:
-        plan = make_plan(load_partly(recipe, changes or ()))
+        plan = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     except MediatorError as error:
         if not as_json:
             raise

@@ -11,11 +11,12 @@ from mediator_cli.compare.key import conflict_key
 from mediator_cli.compare.store import save_text
 from mediator_cli.compare.variants import assignments, extractions, policies, references, routed, static_merges
 from mediator_cli.errors import CheckpointError, Problem
+from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import scores_by_measure
+from mediator_cli.pipeline.download import download_weights
 from mediator_cli.pipeline.merge import analyze_conflicts
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
-from mediator_cli.stages.assign import assign_units
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mediator_cli.compare.run import Comparison
     from mediator_cli.compare.variants import Variant
     from mediator_cli.plan.model import Plan
-    from mediator_cli.stages.assign import Decision
 
 REFERENCE = "oracle experts"
 GROUPS = ("static", "mediator", "assignment", "density", "values", "dense expert", "policy")
@@ -46,13 +46,15 @@ def prepare(job: Comparison) -> tuple[Comparison, Plan]:
     problems = list(_problems(job, plan))
     if problems:
         raise CheckpointError(problems)
+    # What is named by its sources' files would get another name if they came later.
+    download_weights(plan, job.settings.progress)
     if job.conflicts is None:
         file = job.work / f"conflicts-{conflict_key(plan)}.json"
         if not file.is_file():
             job.say("measure conflict")
             save_text(file, to_json(analyze_conflicts(plan, job.settings)))
         job = replace(job, conflicts=file)
-    if "route" not in _assignment(plan, conflict_scores(job, plan)).values():
+    if "route" not in assign_plan(plan, conflict_scores(job, plan)).values():
         hint = "choose another rule, or a lower threshold; `mediator analyze-conflicts` shows the scores"
         raise CheckpointError(Problem(plan.loaded.place("assign"), "the recipe routes no unit", hint))
     return job, plan
@@ -72,14 +74,10 @@ def _problems(job: Comparison, plan: Plan) -> Iterator[Problem]:
         yield Problem(plan.loaded.place("experts"), "there is one expert", "ablation compares ways to merge several")
 
 
-def _assignment(plan: Plan, scores: Mapping[str, float]) -> dict[str, Decision]:
-    return assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
-
-
 def controls(plan: Plan, scores: Mapping[str, float], draws: int, groups: Sequence[str] = GROUPS) -> list[Variant]:
     """List the variants of the chosen groups, base and oracle experts first; `scores` are conflict by unit."""
     recipe = plan.loaded.recipe
-    assignment = _assignment(plan, scores)
+    assignment = assign_plan(plan, scores)
     units = [unit for unit in plan.units if place_of(f"{unit}.weight").layer is not None]
     layers = {unit: scores[unit] for unit in units if unit in scores}
     n_routed = sum(assignment[unit] == "route" for unit in layers)

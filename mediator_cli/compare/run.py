@@ -17,6 +17,7 @@ from mediator_cli.compare.store import open_store, row_key, save
 from mediator_cli.errors import CheckpointError, MediatorError, Problem
 from mediator_cli.evaluate.models import Candidate, find_candidates, load_candidate
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
+from mediator_cli.pipeline.download import download_weights
 from mediator_cli.pipeline.merge import Settings, merge
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
@@ -93,6 +94,8 @@ def _plan_all(job: Comparison, groups: Sequence[Sequence[Variant]]) -> list[Made
         problems += _unanswerable(made[-1], group)
     if problems:
         raise CheckpointError(list(dict.fromkeys(problems)))
+    for model in made:
+        download_weights(model.plan, job.settings.progress)
     return made
 
 

@@ -72,7 +72,7 @@ def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[st
         return streams.base.read(piece.tensor, piece.start, piece.stop).to(dtype)
     inputs, base = streams.inputs(piece, method.method.space)
     uniforms = streams.uniforms(piece) if method.method.random else None
-    merged = average_slab(method, inputs, base, streams.weights, found, uniforms).to(dtype)
+    merged = average_slab(method, inputs, base, streams.weights[piece.tensor], found, uniforms).to(dtype)
     if not torch.isfinite(merged.sum(dtype=torch.float32)):
         check_finite(merged, f"the merged tensor in {tensor.plan.dtype}", piece)
     return merged

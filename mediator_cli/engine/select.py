@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _UPPER = 1 << 15
 _LOWER = 1 << 16
+_RANKS_AT_ONCE = 4
+"""More would read the stream less often, but each takes half a megabyte for every row and slab in flight."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,50 @@ def select_magnitudes(
 
     k = 0 gives an infinite threshold; a k beyond the stream gives 0.
     """
-    upper = _total(mapper(lambda piece: count_upper(ranked(piece)), parts), len(ks), _UPPER)
-    buckets = [_bucket_of(row, k) for row, k in zip(upper, ks, strict=True)]
-    lower = _total(mapper(lambda piece: count_lower(ranked(piece), [b for b, _ in buckets]), parts), len(ks), _LOWER)
-    found = []
-    for (bucket, above), low, up, k in zip(buckets, lower, upper, ks, strict=True):
-        inner, n_above = _bucket_of(low, k - above)
-        found.append(_threshold(bucket, inner, above + n_above, k, up))
+    return [found for (found,) in select_ranks(parts, ranked, [[k] for k in ks], mapper)]
+
+
+def select_ranks(
+    parts: Sequence[Piece],
+    ranked: Ranked,
+    ranks: Sequence[Sequence[int]],
+    mapper: Mapper,
+) -> list[list[Threshold]]:
+    """Find several largest magnitudes of each row, as many in all rows: `ranks` [n][r]; see `select_magnitudes`."""
+    n_ranks = len(ranks[0])
+    upper = _total(mapper(lambda piece: count_upper(ranked(piece)), parts), len(ranks), _UPPER)
+    found: list[list[Threshold]] = [[] for _ in ranks]
+    for first in range(0, n_ranks, _RANKS_AT_ONCE):
+        chunk = [list(row[first : first + _RANKS_AT_ONCE]) for row in ranks]
+        for row, more in zip(found, _refine(parts, ranked, upper, chunk, mapper), strict=True):
+            row += more
     return found
+
+
+def _refine(
+    parts: Sequence[Piece], ranked: Ranked, upper: torch.Tensor, ranks: list[list[int]], mapper: Mapper
+) -> list[list[Threshold]]:
+    """Look into the buckets where the entries of these ranks lie: [n][r]."""
+    buckets = [[_bucket_of(row, k) for k in ks] for row, ks in zip(upper, ranks, strict=True)]
+    wanted = [[buckets[row][at][0] for row in range(len(ranks))] for at in range(len(ranks[0]))]
+
+    def count(piece: Piece) -> torch.Tensor:
+        rows = ranked(piece)
+        return torch.cat([count_lower(rows, chosen) for chosen in wanted])
+
+    lower = _total(mapper(count, parts), len(wanted) * len(ranks), _LOWER)
+    found: list[list[Threshold]] = []
+    for row, (ks, places) in enumerate(zip(ranks, buckets, strict=True)):
+        found.append([])
+        for at, (k, (bucket, above)) in enumerate(zip(ks, places, strict=True)):
+            inner, n_above = _bucket_of(lower[at * len(ranks) + row], k - above)
+            found[row].append(_threshold(bucket, inner, above + n_above, k, upper[row]))
+    return found
+
+
+def select_passes(n_ranks: int) -> int:
+    """Count how often a stream is read to find that many ranks."""
+    return 1 + -(-n_ranks // _RANKS_AT_ONCE)
 
 
 def _total(counts: Iterable[torch.Tensor], n: int, width: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mediator_cli.checkpoint.adapter import Adapter
-from mediator_cli.checkpoint.read import AdapterReader, FullReader, MappedReader, open_files
+from mediator_cli.checkpoint.read import FullReader, MappedReader, open_files
+from mediator_cli.checkpoint.read_adapter import AdapterReader
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.errors import CheckpointError, OutputError, Problem
 
@@ -72,13 +73,16 @@ def pieces(tensor: str, size: int, slab: int) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Streams:
-    """All sources of a plan, open for reading; `stored` has the base's tensors as they lie on disk."""
+    """All sources of a plan, open for reading; `stored` has the base's tensors as they lie on disk.
+
+    `weights` are the merge coefficients [n] in float64 by tensor.
+    """
 
     stored: FullReader
     base: Reader
     experts: tuple[Reader, ...]
     names: tuple[str, ...]
-    weights: torch.Tensor
+    weights: Mapping[str, torch.Tensor]
     seed: int
 
     def inputs(self, piece: Piece, space: Space) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -141,7 +145,7 @@ def open_streams(plan: Plan) -> Iterator[Streams]:
         own |= {expert.name: _own_reader(expert, stored, descriptors) for expert in plan.experts}
         readers = {name: _mapped(name, own, plan.vocabulary.get(name, {})) for name in own}
         names = tuple(expert.name for expert in plan.experts)
-        weights = torch.tensor(plan.weights, dtype=torch.float64)
+        weights = {tensor.name: torch.tensor(tensor.weights, dtype=torch.float64) for tensor in plan.tensors}
         experts = tuple(readers[name] for name in names)
         yield Streams(stored, readers["base"], experts, names, weights, plan.loaded.recipe.seed)
 

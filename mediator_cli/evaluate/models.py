@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from mediator_cli.bundle.manifest import MANIFEST, read_manifest
 from mediator_cli.checkpoint.adapter import open_adapter
-from mediator_cli.checkpoint.source import find_folder, is_adapter, open_checkpoint, side_files, weight_files
+from mediator_cli.checkpoint.hub import ONLINE, Access
+from mediator_cli.checkpoint.source import find_location, is_adapter, open_checkpoint, side_files, weight_files
 from mediator_cli.errors import CheckpointError, MediatorError, Problem, did_you_mean
+from mediator_cli.pipeline.download import download, far_files
+from mediator_cli.pipeline.progress import silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.checkpoint.adapter import Adapter
+    from mediator_cli.checkpoint.source import Checkpoint, Location
+    from mediator_cli.pipeline.download import FarFile
+    from mediator_cli.pipeline.progress import Progress
 
 Kind = Literal["model", "adapter", "bundle"]
 ROUTED, DENSE, ORACLE = "", "dense", "oracle"
@@ -27,7 +34,8 @@ class Candidate:
     """One thing to evaluate, as the user named it.
 
     `part` of a bundle is an expert's name, DENSE, ORACLE (the expert named like the task) or ROUTED. `n_bytes` on disk
-    are those that it needs: an adapter its base, an expert of a bundle the dense expert and its own sparse file.
+    are those that it needs: an adapter its base, an expert of a bundle the dense expert and its own sparse file. `far`
+    are those of its files that are still on the Hub.
     """
 
     name: str
@@ -36,6 +44,7 @@ class Candidate:
     part: str = ROUTED
     base: Path | None = None
     n_bytes: int = 0
+    far: tuple[FarFile, ...] = ()
 
     def mixture(self, task: str) -> str | None:
         """Say which mixture answers a task: None where a router decides, or where nothing is mixed."""
@@ -44,8 +53,10 @@ class Candidate:
         return task if self.part == ORACLE else self.part
 
 
-def find_candidates(names: Sequence[str], tasks: Sequence[str], base: Path | None = None) -> tuple[Candidate, ...]:
-    """Look at every `PATH` or `BUNDLE::PART` from headers and manifests alone.
+def find_candidates(
+    names: Sequence[str], tasks: Sequence[str], base: str | Path | None = None, access: Access = ONLINE
+) -> tuple[Candidate, ...]:
+    """Look at every folder, Hub id or `BUNDLE::PART` from headers and manifests alone.
 
     Raises MediatorError with all problems: folders that hold no model, unknown parts, adapters without base.
     """
@@ -53,7 +64,7 @@ def find_candidates(names: Sequence[str], tasks: Sequence[str], base: Path | Non
     found: list[Candidate] = []
     for name in dict.fromkeys(names):
         try:
-            found.append(_candidate(name, tasks, base))
+            found.append(_candidate(name, tasks, base, access))
         except MediatorError as error:
             problems += error.problems
     if problems:
@@ -61,24 +72,41 @@ def find_candidates(names: Sequence[str], tasks: Sequence[str], base: Path | Non
     return tuple(found)
 
 
-def _candidate(name: str, tasks: Sequence[str], base: Path | None) -> Candidate:
+def _candidate(name: str, tasks: Sequence[str], base: str | Path | None, access: Access) -> Candidate:
     text, _, part = name.partition("::")
-    path = find_folder(text, Path(text).absolute())
-    if (path / MANIFEST).is_file():
-        return _bundle(name, path, tasks)
+    location = find_location(text, Path(text).absolute(), access)
+    if location.repo and MANIFEST in location.repo.sizes:
+        hint = f"`hf download {location.repo.repo_id} --local-dir DIR`, then name that folder"
+        raise CheckpointError(Problem(text, "is a bundle, which is answered from a folder alone", hint))
+    if (location.folder / MANIFEST).is_file():
+        return _bundle(name, location.folder, tasks)
     if "::" in name:
         message = f"is no bundle, so it has no part '{part}'"
         raise CheckpointError(Problem(text, message, "name the folder alone"))
-    if not is_adapter(path):
-        return Candidate(name, path, "model", n_bytes=_weight_bytes(path))
+    if not is_adapter(location.folder):
+        whole = open_checkpoint(location.folder, location.repo)
+        return Candidate(name, location.folder, "model", n_bytes=_weight_bytes(whole), far=_far(whole))
     if base is None:
         raise CheckpointError(Problem(text, "is an adapter", "give its base: --base DIR"))
-    adapter = open_adapter(path, open_checkpoint(base).tensors)
-    return Candidate(name, path, "adapter", base=base, n_bytes=_weight_bytes(base) + adapter.file.stat().st_size)
+    return _adapter(name, location, find_location(str(base), Path(base).absolute(), access))
 
 
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in weight_files(open_checkpoint(folder).tensors))
+def _adapter(name: str, location: Location, base: Location) -> Candidate:
+    below = open_checkpoint(base.folder, base.repo)
+    adapter = open_adapter(location.folder, below.tensors, location.repo)
+    n_bytes = _weight_bytes(below) + _weight_bytes(adapter)
+    far = (*_far(below), *_far(adapter))
+    return Candidate(name, location.folder, "adapter", base=base.folder, n_bytes=n_bytes, far=far)
+
+
+def _far(source: Checkpoint | Adapter) -> tuple[FarFile, ...]:
+    return far_files(source.tensors, source.repo)
+
+
+def _weight_bytes(source: Checkpoint | Adapter) -> int:
+    far = _far(source)
+    here = [file for file in weight_files(source.tensors) if file.is_file()]
+    return sum(file.stat().st_size for file in here) + sum(file.n_bytes for file in far)
 
 
 def _bundle(name: str, path: Path, tasks: Sequence[str]) -> Candidate:
@@ -87,7 +115,11 @@ def _bundle(name: str, path: Path, tasks: Sequence[str]) -> Candidate:
     problems = list(_part_problems(folder, part, manifest, tasks))
     if problems:
         raise CheckpointError(problems)
-    return Candidate(name, path, "bundle", part, n_bytes=_weight_bytes(path) + _beside_dense(manifest, part))
+    return Candidate(name, path, "bundle", part, n_bytes=_dense_bytes(path) + _beside_dense(manifest, part))
+
+
+def _dense_bytes(bundle: Path) -> int:
+    return _weight_bytes(open_checkpoint(bundle))
 
 
 def _part_problems(folder: str, part: str, manifest: Manifest, tasks: Sequence[str]) -> Iterator[Problem]:
@@ -114,11 +146,18 @@ def _beside_dense(manifest: Manifest, part: str) -> int:
     return sparse + router
 
 
+def download_candidates(candidates: Sequence[Candidate], progress: Progress = silent) -> None:
+    """Bring the weights of candidates that are still on the Hub into its cache."""
+    files = {file.repo.folder / file.name: file for candidate in candidates for file in candidate.far}
+    download(tuple(file for path, file in files.items() if not path.is_file()), progress)
+
+
 def load_candidate(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer; raise BundleError or CheckpointError when it is damaged."""
     from mediator_cli.runtime.open import load_dense, open_bundle
     from mediator_cli.runtime.prompts import load_tokenizer
 
+    download_candidates([candidate])
     if candidate.kind == "bundle" and candidate.part != DENSE:
         return open_bundle(candidate.path), load_tokenizer(candidate.path)
     if candidate.base is None:
@@ -130,17 +169,18 @@ def load_candidate(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTok
 
 def _add_adapter(model: PreTrainedModel, folder: Path, base: Path) -> None:
     """Add scale · B·A to each tensor that the adapter changes, as a merge reads it: in float32, rounded once."""
-    from mediator_cli.checkpoint.read import AdapterReader, FullReader, open_files
+    from mediator_cli.checkpoint.read import FullReader, open_files
+    from mediator_cli.checkpoint.read_adapter import AdapterReader
 
     tensors = open_checkpoint(base).tensors
     adapter = open_adapter(folder, tensors)
     parameters = dict(model.named_parameters())
     with open_files([*weight_files(tensors), adapter.file]) as descriptors:
         reader = AdapterReader(FullReader(descriptors, tensors), descriptors, adapter)
-        for name in adapter.factors:
-            if name not in parameters:
-                message = "transformers loads this tensor under another name"
+        for name, change in adapter.changes.items():
+            if name not in parameters or parameters[name].shape != change.shape:
+                message = "transformers loads this tensor under another name or in another shape"
                 hint = "merge the adapter with PEFT's merge_and_unload and name that folder"
                 raise CheckpointError(Problem(f"{folder}: {name}", message, hint))
-            data = reader.read(name, 0, tensors[name].size).view(tensors[name].shape)
+            data = reader.read(name, 0, change.size).view(change.shape)
             parameters[name].data.copy_(data)

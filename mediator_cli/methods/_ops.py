@@ -14,7 +14,13 @@ Lambda = Annotated[float, Field(allow_inf_nan=False, description="Factor on the 
 Normalize = Annotated[bool, Field(description="Divide by the sum of the weights.")]
 KeepChance = Annotated[float, Field(gt=0, le=1, description="Chance of each entry to stay.")]
 TrimDensity = Annotated[float, Field(gt=0, le=1, description="Share of entries that trimming keeps.")]
-TrimOver = Annotated[Over, Field(description="Rank magnitudes over the whole model or per tensor.")]
+TrimOver = Annotated[
+    Over,
+    Field(
+        description="Rank magnitudes per tensor, or over the model: all tensors that this method merges with the same "
+        "choices; numbers and weights may differ."
+    ),
+]
 Keep = Annotated[
     Literal["paper", "exact", "dropped"],
     Field(description="Entries kept of n: int(n·d)+1, max(1, int(n·d)), or n-int(n·(1-d))+1."),

@@ -107,15 +107,24 @@ class Method:
 
 @dataclass(frozen=True)
 class ResolvedMethod:
-    """A method with all parameters after presets and defaults; `key` is equal for equal work."""
+    """A method with all parameters after presets and defaults; `key` is equal for equal work.
+
+    `gradients` has the anchors of parameters that change over the layers; `params` what they come to here.
+    """
 
     method: Method
     params: Params
+    gradients: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """A text that is the same for the same method and parameters."""
         return f"{self.method.name}({', '.join(f'{k}={v!r}' for k, v in sorted(self.params.items()))})"
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """All parameters, with the anchors where they change over the layers."""
+        return {**self.params, **{name: list(anchors) for name, anchors in self.gradients.items()}}
 
     def needed_statistics(self) -> tuple[Statistic, ...]:
         """The statistics that these parameters call for, in the order in which they must be found."""

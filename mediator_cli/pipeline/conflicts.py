@@ -13,7 +13,8 @@ from mediator_cli.engine.reduce import blocks_of, metered, sum_tensors
 from mediator_cli.engine.select import select_magnitudes
 from mediator_cli.engine.streams import pieces
 from mediator_cli.errors import BundleError, Problem
-from mediator_cli.stages.assign import assign_units
+from mediator_cli.pipeline.assign import assign_plan
+from mediator_cli.stages.assign import score_limit
 from mediator_cli.stages.conflict import (
     ConflictCounts,
     ConflictScores,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.streams import Budget, Piece, Streams
     from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.schema import DenoiseSpec, Measure
+    from mediator_cli.stages.assign import Decision
 
     Masks = Callable[[torch.Tensor, str], torch.Tensor]
 
@@ -168,13 +170,18 @@ class HeatTable:
 
 @dataclass(frozen=True)
 class Preview:
-    """A heat map with the score and the assignment of each row; empty where a row is cut into several units."""
+    """A heat map with the score and the assignment of each row; empty where a row is cut into several units.
+
+    `units` has, by row, score and decision of every unit in it; `limit` is the score above which one is routed.
+    """
 
     measure: str
     table: HeatTable
     scores: tuple[float | None, ...]
     all_scores: tuple[UnitScores | None, ...]
     decisions: tuple[str, ...]
+    units: tuple[tuple[tuple[str, float, Decision], ...], ...]
+    limit: float | None
 
 
 def heat_table(report: ConflictReport, measure: Measure) -> HeatTable:
@@ -201,15 +208,18 @@ def preview_assignment(plan: Plan, report: ConflictReport) -> Preview:
     measure = plan.loaded.recipe.conflict.measure
     table = heat_table(report, measure)
     scores = scores_by_measure(plan, report)
-    decided = assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
-    decisions = []
+    decided = assign_plan(plan, scores)
+    decisions, units = [], []
     for row in table.rows:
         inside = [unit for unit in plan.units if unit == row or unit.startswith(f"{row}.")]
         routed = sum(decided[unit] == "route" for unit in inside)
         whole = "route" if routed else "average"
         decisions.append(whole if len(inside) == 1 else f"route {routed} of {len(inside)} units")
+        units.append(tuple((unit, scores[unit], decided[unit]) for unit in inside))
     every = tuple(report.units.get(row) for row in table.rows)
-    return Preview(measure, table, tuple(scores.get(row) for row in table.rows), every, tuple(decisions))
+    shown = tuple(scores.get(row) for row in table.rows)
+    limit = score_limit(plan.loaded.recipe.assign, plan.candidates, scores)
+    return Preview(measure, table, shown, every, tuple(decisions), tuple(units), limit)
 
 
 def _counts(record: TensorConflict) -> ConflictCounts:

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mediator_cli.bundle.sparse import index_codec
-from mediator_cli.bundle.sparse_file import reserve_bytes
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import make_budget, peak_bytes
+from mediator_cli.pipeline.assign import sparse_sizes
 from mediator_cli.pipeline.conflicts import conflict_passes
-from mediator_cli.pipeline.merge import Settings, dense_bytes, free_bytes, output_folder
+from mediator_cli.pipeline.download import far_files_of, free_bytes
+from mediator_cli.pipeline.merge import Settings, dense_bytes, output_folder
 from mediator_cli.pipeline.record import method_records
+from mediator_cli.recipe.schema import parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.plan.model import Plan, TensorPlan
-
-_VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "sign": 1}
+    from mediator_cli.plan.model import Plan
 
 
 class DifferenceReport(BaseModel):
@@ -40,7 +40,10 @@ class MethodReport(BaseModel):
 
 
 class PlanReport(BaseModel):
-    """The plan in numbers; sizes in bytes, `sparse_bytes` from the least to the most that the rule can route."""
+    """The plan in numbers; sizes in bytes, `sparse_bytes` from the least to the most that the rule can route.
+
+    `download_bytes` is by source, and empty where all weights are on disk.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -50,6 +53,7 @@ class PlanReport(BaseModel):
     n_tensors: int
     assignment: str
     settings_from: dict[str, str]
+    download_bytes: dict[str, int]
     read_bytes: dict[str, int]
     dense_bytes: int
     sparse_bytes: tuple[int, int]
@@ -72,6 +76,7 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
         n_tensors=len(plan.tensors),
         assignment=_assignment(plan),
         settings_from=_winners(plan),
+        download_bytes={name: sum(file.n_bytes for file in files) for name, files in far_files_of(plan).items()},
         read_bytes=_reads(plan),
         dense_bytes=dense_bytes(plan),
         sparse_bytes=_sparse_range(plan),
@@ -89,7 +94,7 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
 
 def _winners(plan: Plan) -> dict[str, str]:
     """Say whose settings the bundle gets, whether the sources differ in them or not."""
-    name = plan.loaded.recipe.tokenizer.removeprefix("expert:")
+    name = plan.loaded.recipe.tokenizer_of
     lora = {expert.name for expert in plan.experts if expert.kind == "lora"}
     # An adapter's folder may bring a tokenizer, but neither config nor generation config.
     other = "base" if name in lora else name
@@ -109,6 +114,7 @@ def _assignment(plan: Plan) -> str:
         "threshold": f"score > {spec.threshold}",
         "top_k": f"the {spec.k} highest scores",
         "mean_std": f"score > mean + {spec.std or 0.0} std",
+        "byte_budget": f"by score while the sparse experts fit in {spec.bytes}",
     }[spec.rule]
     return f"route of {len(plan.candidates)} candidates: {rule} ({plan.loaded.recipe.conflict.measure})"
 
@@ -120,7 +126,9 @@ def _reads(plan: Plan) -> dict[str, int]:
     sizes = sum(tensor.size for tensor in plan.tensors)
     ranked = sum(group.n_read for group in group_by_method(plan.tensors)) / max(1, sizes)
     measured = 0 if rule == "none" else conflict_passes(plan.loaded.recipe.conflict.denoise)
-    routed = _routed_share(plan)[1] * (3 if plan.loaded.recipe.extract.values in ("sign", "int8") else 2)
+    extract = plan.loaded.recipe.extract
+    passes = (3 if extract.values in ("sign", "int8") else 2) + (extract.over == "model")
+    routed = _routed_share(plan)[1] * passes
     return {
         "digest sources": per_pass,
         "measure conflict": measured * per_pass,
@@ -136,27 +144,37 @@ def _routed_share(plan: Plan) -> tuple[float, float]:
     for tensor in plan.tensors:
         sizes[tensor.unit] += tensor.size
     total = max(1, sum(sizes.values()))
+    low, high = _routed_range(plan, sizes)
+    return low / total, high / total
+
+
+def _routed_range(plan: Plan, amounts: Mapping[str, int]) -> tuple[int, int]:
+    """Bound what the routed units come to together, from the amount of each unit."""
     spec = plan.loaded.recipe.assign
     if spec.rule in ("none", "all", "listed"):
-        units = {"none": (), "all": plan.units, "listed": plan.listed}[spec.rule]
-        share = sum(sizes[unit] for unit in units) / total
-        return share, share
-    ordered = sorted(sizes[unit] for unit in plan.candidates)
+        units = {"none": (), "all": plan.candidates, "listed": plan.listed}[spec.rule]
+        whole = sum(amounts[unit] for unit in units)
+        return whole, whole
+    ordered = sorted(amounts[unit] for unit in plan.candidates)
     if spec.rule == "top_k":
         k = min(spec.k or 0, len(ordered))
-        return sum(ordered[:k]) / total, sum(ordered[len(ordered) - k :]) / total
-    return 0.0, sum(ordered) / total
+        return sum(ordered[:k]), sum(ordered[len(ordered) - k :])
+    if spec.rule == "byte_budget":
+        low, high = _filled(plan)
+        return int(low * sum(ordered)), int(high * sum(ordered))
+    return 0, sum(ordered)
+
+
+def _filled(plan: Plan) -> tuple[float, float]:
+    """Bound the share of the candidates that a byte budget takes in: what is left over is less than one unit."""
+    sizes = sparse_sizes(plan, overrides=True)
+    each = [sizes.units[unit] for unit in plan.candidates]
+    left = parse_size(plan.loaded.recipe.assign.bytes or 0) - sizes.files
+    total = max(1, sum(each))
+    if sum(each) <= left:
+        return 1.0, 1.0
+    return max(0, left - max(each)) / total, max(0, left) / total
 
 
 def _sparse_range(plan: Plan) -> tuple[int, int]:
-    low, high = _routed_share(plan)
-    header = reserve_bytes(tensor.name for tensor in plan.tensors)
-    everything = (header + sum(_sparse_bytes(tensor) for tensor in plan.tensors)) * len(plan.experts)
-    return int(low * everything), int(high * everything)
-
-
-def _sparse_bytes(tensor: TensorPlan) -> float:
-    extract = tensor.extract
-    kept = extract.density * tensor.size
-    index = tensor.size / 8 if index_codec(extract.density) == "bitmap" else kept + tensor.size / 255
-    return index + kept * _VALUE_BITS[extract.values] / 8
+    return _routed_range(plan, sparse_sizes(plan).units)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from mediator_cli.bundle.manifest import CONFLICTS, EXPERTS_FOLDER, MANIFEST, RO
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.read import open_files
 from mediator_cli.checkpoint.source import weight_files
-from mediator_cli.checkpoint.write import NewTensor, index_json, plan_shards, write_error
+from mediator_cli.checkpoint.write import NewTensor, index_json, plan_shards
 from mediator_cli.engine.combine import DenseTensor, write_dense
 from mediator_cli.engine.digest import digest_files, digest_tensors
 from mediator_cli.engine.extract import Dense, Extraction, extract_expert
@@ -21,15 +20,20 @@ from mediator_cli.engine.publish import check_output, publish
 from mediator_cli.engine.statistics import Found, find_statistics, group_by_method
 from mediator_cli.engine.streams import make_budget, open_streams
 from mediator_cli.errors import OutputError, Problem
+from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import conflict_passes, measure_conflicts, reuse_report, scores_by_measure
-from mediator_cli.pipeline.progress import Progress, counter, silent
+from mediator_cli.pipeline.download import download_weights, free_bytes
+from mediator_cli.pipeline.lineage import check_lineage
+from mediator_cli.pipeline.progress import Progress, counter, silent, unheard
 from mediator_cli.pipeline.record import Outcome, make_manifest, model_card
+from mediator_cli.pipeline.routable import check_routing
 from mediator_cli.pipeline.router import add_router, prepare_router
 from mediator_cli.pipeline.side_files import write_json, write_side_files
 from mediator_cli.recipe.schema import parse_size
-from mediator_cli.stages.assign import assign_units
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mediator_cli.bundle.manifest import ConflictReport, Manifest, RouterRecord
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.engine.extract import Kept
@@ -45,13 +49,14 @@ _READ_RATE = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: output rules, memory in bytes, worker threads, and where progress goes."""
+    """How to run: output rules, memory in bytes, worker threads, where progress and early notices go."""
 
     overwrite: bool = False
     memory: int = DEFAULT_MEMORY
     workers: int = os.cpu_count() or 1
     progress: Progress = silent
     slab: int | None = None
+    notify: Callable[[str], None] = unheard
 
 
 def output_folder(plan: Plan, output: Path | None) -> Path:
@@ -68,7 +73,9 @@ def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictR
     if len(plan.experts) < 2:
         place = plan.loaded.place("experts")
         raise OutputError(Problem(place, "conflict needs at least two experts", "add an expert"))
+    download_weights(plan, run.progress)
     with open_streams(plan) as streams, single_threaded_kernels():
+        _doubts(plan, streams, run)
         return _measure(plan, streams, _budget(plan, run), digest_sources(plan, run), run)
 
 
@@ -80,25 +87,38 @@ def merge(
     Nothing appears at the output before all of it is written. Raises MediatorError for what the user can mend.
     """
     run = settings or Settings()
+    given, plan = plan, check_routing(plan)
+    for notice in plan.notices[len(given.notices) :]:
+        run.notify(notice)
     target = output_folder(plan, output)
     check_output(target, run.overwrite)
     _check_space(plan, target)
     budget, job = _budget(plan, run), prepare_router(plan)
+    download_weights(plan, run.progress, target, dense_bytes(plan))
     with publish(target, run.overwrite) as folder:
         with open_streams(plan) as streams, single_threaded_kernels():
+            doubts = _doubts(plan, streams, run)
             sources = digest_sources(plan, run)
             report = _report(plan, streams, budget, sources, conflicts, run)
             scores = scores_by_measure(plan, report) if report else {}
-            assignment = assign_units(plan.loaded.recipe.assign, plan.units, plan.candidates, plan.listed, scores)
+            assignment = assign_plan(plan, scores)
             dense = _write_dense(plan, streams, folder, assignment, budget, run)
             kept = _write_experts(plan, streams, folder, assignment, dense, budget, run)
         write_side_files(plan, folder)
         if report is not None:
             (folder / CONFLICTS).write_text(to_json(report), encoding="utf-8")
         router, notices = _write_router(folder, job, bool(kept), run)
-        outcome = Outcome(target.name, sources, report, assignment, dense, kept, router, notices)
+        outcome = Outcome(target.name, sources, report, assignment, dense, kept, router, (*doubts, *notices))
         _write_records(plan, folder, outcome, run)
     return target
+
+
+def _doubts(plan: Plan, streams: Streams, run: Settings) -> tuple[str, ...]:
+    """Tell of experts that seem to be no fine-tunes of the base, before the long work begins."""
+    doubts = tuple(check_lineage(plan, streams))
+    for doubt in doubts:
+        run.notify(doubt)
+    return doubts
 
 
 def _budget(plan: Plan, run: Settings) -> Budget:
@@ -109,14 +129,6 @@ def _budget(plan: Plan, run: Settings) -> Budget:
 def dense_bytes(plan: Plan) -> int:
     """Count the bytes of the dense expert's tensors."""
     return sum(_new(tensor).n_bytes for tensor in plan.tensors)
-
-
-def free_bytes(target: Path) -> int:
-    """Count the free bytes of the disk that will hold `target`."""
-    try:
-        return shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
-    except OSError as error:
-        raise write_error(target, error) from None
 
 
 def _check_space(plan: Plan, target: Path) -> None:
@@ -174,7 +186,7 @@ def _write_dense(
     plan: Plan, streams: Streams, folder: Path, assignment: dict[str, Decision], budget: Budget, run: Settings
 ) -> dict[str, TensorInfo]:
     keeps_base = plan.loaded.recipe.extract.dense == "base"
-    tensors = [DenseTensor(t, keeps_base and assignment[t.unit] == "route") for t in plan.tensors]
+    tensors = [DenseTensor(t, keeps_base and t.mixable and assignment[t.unit] == "route") for t in plan.tensors]
     averaged = {tensor.plan.name for tensor in tensors if not tensor.from_base}
     # Thresholds over the model are over all tensors of a method, routed or not, so that they never depend on routing.
     groups = [g for g in group_by_method(plan.tensors) if any(t.name in averaged for t in g.tensors)]
@@ -201,7 +213,7 @@ def _write_experts(
     budget: Budget,
     run: Settings,
 ) -> dict[str, dict[str, Kept]]:
-    routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.average is not None]
+    routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.average is not None and t.mixable]
     if not routed:
         return {}
     (folder / EXPERTS_FOLDER).mkdir()

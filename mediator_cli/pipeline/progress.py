@@ -13,6 +13,10 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+def unheard(notice: str) -> None:
+    """Tell nobody; the manifest holds all notices."""
+
+
 def counter(progress: Progress, stage: str, total: int, per_item: int = 1) -> Callable[[int], None]:
     """Return an `advance(n)` that reports the running total of n · per_item bytes; safe to call from any thread."""
     lock = threading.Lock()

@@ -27,7 +27,7 @@ from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
 from mediator_cli.pipeline.router import router_card
 from mediator_cli.pipeline.side_files import license_of
-from mediator_cli.plan.make import resolve_extract
+from mediator_cli.plan.overrides import resolve_extract
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.manifest import ConflictReport, RouterRecord
     from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.hub_repo import HubRepo
     from mediator_cli.engine.extract import Kept
     from mediator_cli.plan.model import ExpertSource, Plan
     from mediator_cli.stages.assign import Decision
@@ -102,8 +103,14 @@ def make_manifest(
         sizes=Sizes(dense=dense, sparse=sum(s.file.bytes for s in sparse), full_models=dense * len(plan.experts)),
         digest=bundle_digest(digests, sparse_digests),
         router=outcome.router,
+        averaged_in_routed_units=_unmixed(plan, outcome),
         notices=(*plan.notices, *outcome.notices),
     )
+
+
+def _unmixed(plan: Plan, outcome: Outcome) -> tuple[str, ...]:
+    routed = [t for t in plan.tensors if outcome.assignment[t.unit] == "route" and t.average is not None]
+    return tuple(tensor.name for tensor in routed if not tensor.mixable)
 
 
 def _recipe_record(plan: Plan) -> RecipeRecord:
@@ -125,6 +132,7 @@ def _source(plan: Plan, outcome: Outcome, name: str, path: str) -> SourceRecord:
         weight=None,
         license=license_of(plan.base.path),
         files=outcome.sources[name],
+        revision=_commit(plan.base.repo),
     )
 
 
@@ -142,15 +150,21 @@ def _expert(plan: Plan, outcome: Outcome, expert: ExpertSource) -> SourceRecord:
         license=license_of(expert.source.path),
         files=outcome.sources[expert.name],
         prompts=prompts,
+        revision=_commit(expert.source.repo),
     )
+
+
+def _commit(repo: HubRepo | None) -> str | None:
+    return repo.commit if repo is not None else None
 
 
 def method_records(plan: Plan) -> Iterator[MethodRecord]:
     """List the methods of a plan with all parameters and the number of tensors that each merges."""
-    used = {t.average.key: t.average for t in plan.tensors if t.average is not None}
-    for key, resolved in used.items():
-        count = sum(t.average is not None and t.average.key == key for t in plan.tensors)
-        yield MethodRecord(method=resolved.method.name, parameters=dict(resolved.params), n_tensors=count)
+    # A parameter that changes over the layers is one row, as it was written.
+    used = [(t.average.method.name, t.average.written) for t in plan.tensors if t.average is not None]
+    keys = [f"{name} {sorted(parameters.items())}" for name, parameters in used]
+    for key, (name, parameters) in dict(zip(keys, used, strict=True)).items():
+        yield MethodRecord(method=name, parameters=parameters, n_tensors=keys.count(key))
 
 
 def _conflict(plan: Plan, report: ConflictReport | None) -> ConflictRecord | None:

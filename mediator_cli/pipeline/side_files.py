@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mediator_cli.checkpoint.header import read_json
-from mediator_cli.checkpoint.source import side_files
-from mediator_cli.plan.differences import TOKEN_SETTINGS
+from mediator_cli.pipeline.tokenizer import write_tokenizer
+from mediator_cli.plan.token_settings import CONFIG, GENERATION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 def write_side_files(plan: Plan, folder: Path) -> None:
-    """Write the dense expert's config and copy the tokenizer files of the source that the recipe names."""
-    winner = plan.tokenizer_folder
-    write_json(folder / "config.json", _config(plan))
-    generation = next((f for f in (winner, plan.base.path) if (f / "generation_config.json").is_file()), None)
-    if generation is not None:
-        shutil.copyfile(generation / "generation_config.json", folder / "generation_config.json")
-    owner = winner if side_files(winner) else plan.base.path
-    for file in side_files(owner):
-        target = folder / file.relative_to(owner)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+    """Write config, generation config and tokenizer of the dense expert, which agree in their token ids."""
+    write_json(folder / CONFIG, _config(plan))
+    if plan.settings.generation is not None:
+        _write_generation(plan, plan.settings.generation, folder / GENERATION)
+    write_tokenizer(plan, folder)
+
+
+def _write_generation(plan: Plan, settings: Mapping[str, Any], target: Path) -> None:
+    """Write the generation config; byte for byte where a source has the same one."""
+    files = [owner / GENERATION for owner in (plan.tokenizer_folder, plan.base.path)]
+    same = next((file for file in files if file.is_file() and read_json(file) == settings), None)
+    if same is None:
+        write_json(target, settings)
+    else:
+        shutil.copyfile(same, target)
 
 
 def _config(plan: Plan) -> dict[str, Any]:
-    config = dict(plan.base.config)
-    own = plan.tokenizer_folder / "config.json"
-    if plan.tokenizer_folder != plan.base.path and own.is_file():
-        other = read_json(own)
-        config |= {name: other[name] for name in TOKEN_SETTINGS if name in other}
+    config = dict(plan.settings.config)
     if plan.loaded.recipe.output.dtype != "base":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.loaded.recipe.output.dtype
     return config

@@ -8,33 +8,41 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.checkpoint.header import read_json
 from mediator_cli.plan.model import Difference
+from mediator_cli.plan.token_settings import CONFIG, GENERATION, is_token_setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from mediator_cli.plan.model import TokenSettings
+    from mediator_cli.recipe.schema import Recipe
+
 _NOT_BEHAVIOUR = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
-TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Config settings that go with the tokenizer, not with the base."""
 _ABSENT = "(absent)"
 
 
-def find_differences(folders: Mapping[str, Path], tokenizer_of: str) -> Iterator[Difference]:
-    """Compare the side files of all sources; `folders` has the base first, `tokenizer_of` wins for the tokenizer."""
-    configs = {name: _json(folder / "config.json") for name, folder in folders.items()}
+def find_differences(folders: Mapping[str, Path], recipe: Recipe, written: TokenSettings) -> Iterator[Difference]:
+    """Compare the side files of all sources with what is written; `folders` has the base first."""
+    configs = {name: _json(folder / CONFIG) for name, folder in folders.items()}
     full = {name: config for name, config in configs.items() if config}
+    winner = recipe.tokenizer_of if recipe.tokenizer_of in full else "base"
     for setting in _settings(full):
-        winner = tokenizer_of if setting in TOKEN_SETTINGS and tokenizer_of in full else "base"
-        yield from _differing(setting, winner, {name: config.get(setting, _ABSENT) for name, config in full.items()})
-    generation = {name: _json(folder / "generation_config.json") for name, folder in folders.items() if name in full}
+        owner = winner if is_token_setting(setting) else "base"
+        owner = recipe.tokenizer.removeprefix("expert:") if setting == "vocab_size" else owner
+        yield from _differing(setting, owner, written.config, full)
+    generation = {name: _json(folder / GENERATION) for name, folder in folders.items() if name in full}
     for setting in _settings(generation):
-        values = {name: config.get(setting, _ABSENT) for name, config in generation.items()}
-        winner = tokenizer_of if tokenizer_of in full else "base"
-        yield from _differing(f"generation_config.{setting}", winner, values)
+        label = f"generation_config.{setting}"
+        yield from _differing(setting, winner, written.generation or {}, generation, label)
     for label, read in (("tokenizer", _tokenizer_digest), ("chat_template", _chat_template)):
         values = {name: value for name, folder in folders.items() if (value := read(folder)) is not None}
-        if tokenizer_of in values:
-            yield from _differing(label, tokenizer_of, values)
+        if recipe.tokenizer_of in values:
+            yield from _differing(
+                label,
+                recipe.tokenizer_of,
+                {label: values[recipe.tokenizer_of]},
+                {name: {label: value} for name, value in values.items()},
+            )
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -46,10 +54,13 @@ def _settings(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name in names if name not in _NOT_BEHAVIOUR]
 
 
-def _differing(setting: str, winner: str, values: Mapping[str, Any]) -> Iterator[Difference]:
-    others = {name: value for name, value in values.items() if value != values[winner]}
-    if others:
-        yield Difference(setting, winner, values[winner], others)
+def _differing(
+    setting: str, winner: str, written: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]], label: str = ""
+) -> Iterator[Difference]:
+    value = written.get(setting, _ABSENT)
+    values = {name: source.get(setting, _ABSENT) for name, source in sources.items()}
+    if others := {name: other for name, other in values.items() if other != value}:
+        yield Difference(label or setting, winner, value, others)
 
 
 def _tokenizer_digest(folder: Path) -> str | None:

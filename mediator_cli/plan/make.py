@@ -2,74 +2,73 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.adapter import Adapter
+from mediator_cli.checkpoint.gguf_file import gguf_notice
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
+from mediator_cli.checkpoint.hub import ONLINE, Access
 from mediator_cli.checkpoint.layout import natural_key, place_of, unit_of
 from mediator_cli.checkpoint.source import side_files, weight_files
+from mediator_cli.checkpoint.vocabulary import is_tokenizer_file
 from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_mean
-from mediator_cli.methods.registry import ResolvedMethod, resolve_method
 from mediator_cli.plan.differences import find_differences
-from mediator_cli.plan.model import Plan, ResolvedExtract, TensorPlan
+from mediator_cli.plan.keep import check_kept, find_kept
+from mediator_cli.plan.model import Plan, TensorPlan, TokenSettings
+from mediator_cli.plan.overrides import check_methods, check_overrides, resolve_settings
 from mediator_cli.plan.router import check_router, check_router_base, resolve_router
 from mediator_cli.plan.sources import check_experts_alone, open_base, open_experts
+from mediator_cli.plan.token_settings import find_token_settings
+from mediator_cli.plan.vocabulary import VocabularyPlan, plan_vocabulary, with_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mediator_cli.checkpoint.source import Checkpoint
+    from mediator_cli.plan.gradients import GradedMethod
+    from mediator_cli.plan.keep import Kept
     from mediator_cli.plan.model import ExpertSource
+    from mediator_cli.plan.overrides import TensorSettings
     from mediator_cli.recipe.load import LoadedRecipe
-    from mediator_cli.recipe.schema import AverageSpec, ExtractSpec
 
 _OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SCORED_RULES = ("threshold", "top_k", "mean_std")
-
-BY_MAGNITUDE = 0.4
-"""Kept values are multiplied by density ** -this; the best of those tried on validation rows, see the README."""
+_SCORED_RULES = ("threshold", "top_k", "mean_std", "byte_budget")
 
 
-def make_plan(loaded: LoadedRecipe) -> Plan:
-    """Resolve a recipe against its checkpoints; reads headers and configs only.
+def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
+    """Resolve a recipe against its checkpoints; reads headers and configs only, those on the Hub as `access` allows.
 
     Raises RecipeError or CheckpointError with every problem found, ordered by line.
     """
-    methods, problems = _resolve_methods(loaded)
+    methods, problems = check_methods(loaded)
     problems += [*loaded.problems, *_check_experts(loaded, methods), *check_router(loaded)]
     try:
-        base = open_base(loaded)
-        experts, faults = open_experts(loaded, base)
+        base = open_base(loaded, access)
+        kept = find_kept(loaded, base)
+        problems += check_overrides(loaded, base.tensors, kept.names)
+        settings, faults = resolve_settings(loaded, base, kept.names)
+        problems += [fault for fault in faults if fault not in problems]
+        experts, faults = open_experts(loaded, base, kept, access)
+        problems += check_kept(loaded, {*base.tensors, *(name for expert in experts for name in expert.tensors)})
         problems += [*faults, *_check_names(loaded, base), *_check_tokenizer(loaded, base, experts)]
         problems += check_router_base(loaded, base, tokenizer_folder(loaded, base, experts))
+        vocabulary = VocabularyPlan() if faults else plan_vocabulary(loaded, base, experts, kept.names)
+        problems += vocabulary.problems
     except CheckpointError as error:
-        raise CheckpointError(loaded.ordered([*problems, *error.problems, *check_experts_alone(loaded)])) from None
+        raise CheckpointError(
+            loaded.ordered([*problems, *error.problems, *check_experts_alone(loaded, access)])
+        ) from None
     if problems:
         raise RecipeError(loaded.ordered(problems))
-    return _assemble(loaded, base, tuple(experts), methods)
+    return _with_vocabulary(_assemble(loaded, base, tuple(experts), methods, settings, kept), vocabulary)
 
 
-def _resolve_methods(loaded: LoadedRecipe) -> tuple[list[ResolvedMethod], list[Problem]]:
-    """Resolve the recipe's method (first) and those of the overrides, in order."""
-    specs: list[tuple[AverageSpec, tuple[str | int, ...]]] = [(loaded.recipe.average, ("average",))]
-    for index, override in enumerate(loaded.recipe.overrides):
-        if override.average is not None:
-            specs.append((override.average, ("overrides", index, "average")))
-    resolved: list[ResolvedMethod] = []
-    problems: list[Problem] = []
-    for spec, field in specs:
-        answer = resolve_method(spec.method, spec.preset, spec.params, partial(loaded.place, *field))
-        if isinstance(answer, ResolvedMethod):
-            resolved.append(answer)
-        else:
-            problems += answer
-    return resolved, problems
-
-
-def _check_experts(loaded: LoadedRecipe, methods: Sequence[ResolvedMethod]) -> Iterator[Problem]:
+def _check_experts(loaded: LoadedRecipe, methods: Sequence[GradedMethod]) -> Iterator[Problem]:
     experts = loaded.recipe.experts
     for resolved in methods:
         fewest, most = resolved.method.n_inputs
@@ -77,10 +76,6 @@ def _check_experts(loaded: LoadedRecipe, methods: Sequence[ResolvedMethod]) -> I
             wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
             message = f"{resolved.method.name} merges {wanted} experts, the recipe has {len(experts)}"
             yield Problem(loaded.place("experts"), message, "choose another method or other experts")
-        normalizes = resolved.method.normalizes
-        if normalizes is not None and normalizes(resolved.params) and abs(sum(e.weight for e in experts)) < 1e-12:
-            message = f"the weights sum to zero, and {resolved.method.name} divides by their sum"
-            yield Problem(loaded.place("experts"), message, "change a weight or set normalize: false")
     if loaded.recipe.assign.rule in _SCORED_RULES and len(experts) < 2:
         message = f"rule {loaded.recipe.assign.rule} compares experts, the recipe has one"
         yield Problem(loaded.place("assign", "rule"), message, "use rule none, all or listed")
@@ -88,10 +83,6 @@ def _check_experts(loaded: LoadedRecipe, methods: Sequence[ResolvedMethod]) -> I
 
 def _check_names(loaded: LoadedRecipe, base: Checkpoint) -> Iterator[Problem]:
     names = list(base.tensors)
-    for index, override in enumerate(loaded.recipe.overrides):
-        if not any(fnmatchcase(name, override.match) for name in names):
-            hint = f"tensor names look like {names[-1]}"
-            yield Problem(loaded.place("overrides", index, "match"), f"'{override.match}' matches no tensor", hint)
     units = list(dict.fromkeys(unit_of(name, loaded.recipe.conflict.unit) for name in names))
     for index, pattern in enumerate(loaded.recipe.assign.units or ()):
         if not any(fnmatchcase(unit, pattern) for unit in units):
@@ -101,22 +92,48 @@ def _check_names(loaded: LoadedRecipe, base: Checkpoint) -> Iterator[Problem]:
 
 def _check_tokenizer(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[ExpertSource]) -> Iterator[Problem]:
     folder = tokenizer_folder(loaded, base, experts)
-    if loaded.recipe.tokenizer != "base" and folder is not None and not side_files(folder):
+    is_missing = folder is not None and not any(map(is_tokenizer_file, side_files(folder)))
+    if loaded.recipe.tokenizer_of != "base" and is_missing:
         yield Problem(loaded.place("tokenizer"), f"{folder} holds no tokenizer files", "use `tokenizer: base`")
 
 
 def tokenizer_folder(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[ExpertSource]) -> Path | None:
     """Find the folder whose tokenizer, chat template and generation config win; None if that expert did not open."""
-    name = loaded.recipe.tokenizer.removeprefix("expert:")
-    return {"base": base.path, **{expert.name: expert.source.path for expert in experts}}.get(name)
+    folders = {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
+    return folders.get(loaded.recipe.tokenizer_of)
+
+
+def _with_vocabulary(plan: Plan, vocabulary: VocabularyPlan) -> Plan:
+    """Give the plan the output's tokens: rows, where they come from, and the settings that name them."""
+    settings = find_token_settings(plan.base, plan.tokenizer_folder, vocabulary)
+    folders = {"base": plan.base.path, **{expert.name: expert.source.path for expert in plan.experts}}
+    return replace(
+        plan,
+        tensors=tuple(_with_rows(tensor, vocabulary.rows.get(tensor.name)) for tensor in plan.tensors),
+        settings=settings,
+        vocabulary=vocabulary.layouts,
+        union=vocabulary.union,
+        differences=tuple(find_differences(folders, plan.loaded.recipe, settings)),
+        notices=(*vocabulary.notices, *settings.notices, *plan.notices),
+    )
+
+
+def _with_rows(tensor: TensorPlan, rows: int | None) -> TensorPlan:
+    shape = tensor.shape if rows is None else with_rows(tensor.shape, rows)
+    return replace(tensor, shape=shape, size=prod(shape))
 
 
 def _assemble(
-    loaded: LoadedRecipe, base: Checkpoint, experts: tuple[ExpertSource, ...], methods: list[ResolvedMethod]
+    loaded: LoadedRecipe,
+    base: Checkpoint,
+    experts: tuple[ExpertSource, ...],
+    methods: list[GradedMethod],
+    settings: Mapping[str, TensorSettings],
+    kept: Kept,
 ) -> Plan:
-    tensors = tuple(_tensor_plan(loaded, base, name, methods) for name in sorted(base.tensors, key=natural_key))
+    planned = (_tensor_plan(loaded, base, name, settings[name]) for name in sorted(base.tensors, key=natural_key))
+    tensors = tuple(replace(tensor, average=None) if tensor.name in kept.names else tensor for tensor in planned)
     folder = tokenizer_folder(loaded, base, experts) or base.path
-    folders = {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
     units = tuple(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
     patterns = loaded.recipe.assign.units or ()
     router, notices = resolve_router(loaded)
@@ -128,8 +145,9 @@ def _assemble(
         candidates=tuple(unit for unit in units if _is_candidate(loaded, unit)),
         listed=tuple(unit for unit in units if any(fnmatchcase(unit, pattern) for pattern in patterns)),
         tokenizer_folder=folder,
-        differences=tuple(find_differences(folders, loaded.recipe.tokenizer.removeprefix("expert:"))),
-        notices=(*_notices(loaded, base, experts, methods), *notices),
+        settings=TokenSettings(base.config, None),
+        differences=(),
+        notices=(*kept.notices, *_notices(loaded, base, experts, methods), *notices),
         router=router,
     )
 
@@ -141,20 +159,13 @@ def _is_candidate(loaded: LoadedRecipe, unit: str) -> bool:
     return chosen == "all" or place_of(f"{unit}.weight").layer is not None
 
 
-def _tensor_plan(loaded: LoadedRecipe, base: Checkpoint, name: str, methods: list[ResolvedMethod]) -> TensorPlan:
+def _tensor_plan(loaded: LoadedRecipe, base: Checkpoint, name: str, settings: TensorSettings) -> TensorPlan:
     info = base.tensors[name]
-    average, extract, used = methods[0], loaded.recipe.extract, 0
-    for override in loaded.recipe.overrides:
-        used += override.average is not None
-        if not fnmatchcase(name, override.match):
-            continue
-        average = methods[used] if override.average is not None else average
-        if override.extract is not None:
-            extract = extract.model_copy(update=override.extract.model_dump(exclude_none=True))
     is_float = info.dtype in FLOAT_DTYPES
     dtype = _OUTPUT_DTYPES.get(loaded.recipe.output.dtype, _written(info.dtype)) if is_float else info.dtype
     unit = unit_of(name, loaded.recipe.conflict.unit)
-    return TensorPlan(name, unit, info.shape, info.size, dtype, average if is_float else None, resolve_extract(extract))
+    average = settings.average if is_float else None
+    return TensorPlan(name, unit, info.shape, info.size, dtype, average, settings.extract, settings.weights)
 
 
 def _written(dtype: str) -> str:
@@ -162,26 +173,14 @@ def _written(dtype: str) -> str:
     return "F32" if dtype == "F64" else dtype
 
 
-def resolve_extract(extract: ExtractSpec) -> ResolvedExtract:
-    """Fill the defaults in that depend on other fields."""
-    return ResolvedExtract(extract.density, extract.select, _rescale(extract), extract.values)
-
-
-def _rescale(extract: ExtractSpec) -> float:
-    if isinstance(extract.rescale, bool):
-        return 1 / extract.density if extract.rescale else 1.0
-    if extract.rescale is not None:
-        return extract.rescale
-    # At random, the expectation is kept. The largest entries are more than their share of the delta; how much is lost
-    # with the others was measured on the demo's experts.
-    exponent = 1.0 if extract.select == "random" else BY_MAGNITUDE
-    return float(extract.density**-exponent)
-
-
 def _notices(
-    loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[ExpertSource], methods: Sequence[ResolvedMethod]
+    loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[ExpertSource], methods: Sequence[GradedMethod]
 ) -> Iterator[str]:
+    for folder in dict.fromkeys((base.path, *(expert.source.path for expert in experts))):
+        if said := gguf_notice(folder):
+            yield said
     for expert in experts:
+        yield from expert.notices
         source = expert.source
         if isinstance(source, Adapter) and not _same_base(source.base_name, loaded.recipe.base, base.path):
             yield f"adapter {expert.name} names base '{source.base_name}', the recipe's base is '{loaded.recipe.base}'"
@@ -189,10 +188,18 @@ def _notices(
             yield f"expert {expert.name} is the base itself"
     if loaded.recipe.output.dtype == "base" and any(info.dtype == "F64" for info in base.tensors.values()):
         yield "float64 tensors of the base are merged and written in float32"
-    if any(not resolved.method.uses_weights for resolved in methods) and len({e.weight for e in experts}) > 1:
+    weighted = len({e.weight for e in experts}) > 1 or any(override.weights for override in loaded.recipe.overrides)
+    if weighted and any(not resolved.method.uses_weights for resolved in methods):
         yield "expert weights are ignored by " + ", ".join(m.method.name for m in methods if not m.method.uses_weights)
 
 
 def _same_base(named: str, written: str, folder: Path) -> bool:
+    """Whether the base that an adapter names is the recipe's: an id, a copy of it, or a folder called the same."""
     plain = written.rstrip("/").split("@")[0]
-    return named in ("", written, plain, str(folder)) or named.rstrip("/").split("/")[-1] == folder.name
+    return named in ("", written, plain, str(folder)) or _last_part(named) in (_last_part(plain), folder.name.lower())
+
+
+def _last_part(model: str) -> str:
+    """Give the name of a model without its owner or folder; that of a snapshot in the Hub's cache is not its commit."""
+    cached = re.search(r"models--[^/]+--([^/]+)/snapshots/", model)
+    return (cached[1] if cached else model.rstrip("/").split("/")[-1]).lower()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.source import Checkpoint
     from mediator_cli.checkpoint.spans import Layout
+    from mediator_cli.checkpoint.vocabulary import Vocabulary
     from mediator_cli.methods.registry import ResolvedMethod
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.recipe.router import RouterSpec
@@ -26,10 +27,11 @@ class ExpertSource:
     """One expert, opened: headers only. `layout` makes tensors under the base's names from its own."""
 
     name: str
-    weight: float
+    weight: float | tuple[float, ...]
     source: Checkpoint | Adapter
     prompts: Path | None = None
     layout: Layout = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Literal["lora", "full"]:
@@ -44,9 +46,13 @@ class ExpertSource:
 
 @dataclass(frozen=True)
 class ResolvedExtract:
-    """How sparse experts of one tensor are made, after overrides and defaults; `rescale` multiplies kept values."""
+    """How sparse experts of one tensor are made, after overrides and defaults; `rescale` multiplies kept values.
+
+    With `over` = model, `density` is that of all such tensors of an expert together.
+    """
 
     density: float
+    over: Literal["tensor", "model"]
     select: Literal["magnitude", "random"]
     rescale: float
     values: ValueCodec
@@ -54,7 +60,11 @@ class ResolvedExtract:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One output tensor; `average` is None where the base's bytes are copied (no float dtype)."""
+    """One output tensor; `average` is None where the base's bytes are copied (no float dtype).
+
+    `weights` are the experts' merge coefficients on this tensor, in recipe order. Only `mixable` ones
+    differ by input in a routed unit; the others are averaged there too.
+    """
 
     name: str
     unit: str
@@ -63,6 +73,8 @@ class TensorPlan:
     dtype: str
     average: ResolvedMethod | None
     extract: ResolvedExtract
+    weights: tuple[float, ...]
+    mixable: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,10 +88,20 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class TokenSettings:
+    """What config.json and generation_config.json of the output say; `generation` is None where no source has one."""
+
+    config: Mapping[str, Any] = field(repr=False)
+    generation: Mapping[str, Any] | None = field(repr=False)
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that a merge needs to know before the first tensor is read; `router` None = no router is fitted.
 
-    `vocabulary` makes, by source (`base` or an expert), the tensors with a row per token in the output's order.
+    `settings` are config and generation config of the output. `vocabulary` makes, by source (`base` or an expert), the
+    tensors with a row per token in the output's order. `union` has the tokens that the base's tokenizer has to get.
     """
 
     loaded: LoadedRecipe
@@ -89,10 +111,12 @@ class Plan:
     candidates: tuple[str, ...]
     listed: tuple[str, ...]
     tokenizer_folder: Path
+    settings: TokenSettings
     differences: tuple[Difference, ...]
     notices: tuple[str, ...]
     router: RouterSpec | None = None
     vocabulary: Mapping[str, Layout] = field(default_factory=dict)
+    union: Vocabulary | None = None
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -103,8 +127,3 @@ class Plan:
     def layers(self) -> tuple[str, ...]:
         """The decoder layers found in the tensor names."""
         return layers_of(tensor.name for tensor in self.tensors)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Merge coefficients in recipe order."""
-        return tuple(expert.weight for expert in self.experts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mediator_cli.methods.registry import Method, methods
 from mediator_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -19,6 +22,9 @@ def recipe_schema() -> dict[str, Any]:
     }
     for name, method in known.items():
         defs[f"average_{name}"] = _average(method)
+    defs["average_change"] = _change(known.values())
+    in_overrides = defs["OverrideSpec"]["properties"]["average"]
+    in_overrides["anyOf"] = [{"$ref": "#/$defs/AverageSpec"}, {"$ref": "#/$defs/average_change"}]
     defs["DenoiseSpec"] = {"anyOf": [{"const": "none"}, defs["DenoiseSpec"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mediator recipe", **schema}
 
@@ -32,6 +38,38 @@ def _average(method: Method) -> dict[str, Any]:
     return {
         "type": "object",
         "additionalProperties": False,
-        "properties": {**properties, **own.get("properties", {})},
+        "properties": {**properties, **_parameters(method)},
         "required": [*required, *own.get("required", [])],
     }
+
+
+def _change(known: Iterable[Method]) -> dict[str, Any]:
+    """Describe parameters without a method: those of any, since the method that applies is not known here."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in known:
+        for name, parameter in _parameters(method).items():
+            plain = {key: value for key, value in parameter.items() if key not in ("default", "title")}
+            found.setdefault(name, [])
+            found[name] += [] if plain in found[name] else [plain]
+    return {
+        "type": "object",
+        "description": "Parameters alone: the method that applies to these tensors stays.",
+        "additionalProperties": False,
+        "properties": {name: forms[0] if len(forms) == 1 else {"anyOf": forms} for name, forms in found.items()},
+        "minProperties": 1,
+    }
+
+
+def _parameters(method: Method) -> dict[str, Any]:
+    own = method.schema.model_json_schema().get("properties", {})
+    return {
+        name: _graded(parameter) if parameter.get("type") == "number" else parameter for name, parameter in own.items()
+    }
+
+
+def _graded(parameter: dict[str, Any]) -> dict[str, Any]:
+    """Allow a list of anchors over the layers where a number may stand."""
+    about = ("title", "description", "default")
+    number = {key: value for key, value in parameter.items() if key not in about}
+    anchors = {"type": "array", "items": number, "minItems": 1}
+    return {**{key: parameter[key] for key in about if key in parameter}, "anyOf": [number, anchors]}

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
+from mediator_cli.recipe.mergekit import from_mergekit, is_mergekit
 from mediator_cli.recipe.prune import prune
 from mediator_cli.recipe.router import POLICY_FIELDS
 from mediator_cli.recipe.schema import RULE_FIELDS, Recipe
@@ -101,13 +102,20 @@ def load_partly(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
 
     `make_plan` then reports form, meaning and headers together. Raises RecipeError where nothing else can be checked.
     """
-    text = _read_text(path)
+    return parse_partly(path, _read_text(path), changes)
+
+
+def parse_partly(path: Path, text: str, changes: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe's text as if it stood in the file `path`; like `load_partly`, but nothing needs to be on disk."""
     node = _compose(path, text)
     lines: dict[FieldPath, int] = {(): 1}
     problems = list(_walk(path, node, (), lines))
     if problems:
         raise RecipeError(problems)
     data = _construct(path, node)
+    if is_mergekit(data):
+        written = lines
+        data, lines = from_mergekit(data, written, lambda *field: place_of(path, written, field))
     # A new rule or method drops what belonged to the old one, so it goes before changes of its own fields.
     for change in sorted(changes, key=lambda text: not _chooses(text)):
         lines = _lines_after(lines, _apply_change(data, change))

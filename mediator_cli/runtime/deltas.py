@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mediator_cli.bundle.sparse_file import mix_deltas
-from mediator_cli.runtime.stack import stack_deltas
+from mediator_cli.runtime.stack import stack_deltas, transpose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,11 @@ _STACKED_BYTES = 8
 
 @dataclass(frozen=True)
 class Deltas:
-    """What all experts of a bundle, in its order, add to one tensor."""
+    """What all experts of a bundle, in its order, add to one tensor; `transposed` if the model computes x · W."""
 
     bundle: Bundle
     name: str
+    transposed: bool = False
 
     @property
     def keepers(self) -> tuple[str | None, ...]:
@@ -53,9 +54,13 @@ class Deltas:
         return mix_deltas(dense, used)
 
     def stack(self, device: torch.device) -> Stack:
-        """Stack the deltas of a matrix."""
+        """Stack the deltas of a matrix, as [out, in]."""
         n_rows, n_columns = self.bundle.tensors[self.name].shape
-        return stack_deltas([self.read(name) if name else None for name in self.keepers], (n_rows, n_columns), device)
+        deltas = [self.read(name) if name else None for name in self.keepers]
+        if not self.transposed:
+            return stack_deltas(deltas, (n_rows, n_columns), device)
+        turned = [None if delta is None else transpose(delta, (n_rows, n_columns)) for delta in deltas]
+        return stack_deltas(turned, (n_columns, n_rows), device)
 
     def rows(self) -> torch.Tensor:
         """Decode the deltas of a vector into float32 [experts, n]."""

@@ -148,8 +148,7 @@ class RoutedModel(PreTrainedModel):
         self._set_division(division)
 
     def _weights_of_call(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
-        past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        if any(_has_begun(kwargs.get(name)) for name in ("past_key_values", "cache_params")):
             hint = "wrap the calls in `with model.mixing(...)`, or use generate"
             raise BundleError(Problem("", "the mixture of a sequence that goes on is not known", hint))
         return self._route_batch(ids, kwargs.get("attention_mask"))
@@ -165,3 +164,13 @@ class RoutedModel(PreTrainedModel):
         parts = division.parts if division else ()
         for mixer in self.opened.mixers:
             mixer.parts = parts
+
+
+def _has_begun(cache: Any) -> bool:  # noqa: ANN401 - caches differ by model
+    """Whether a cache holds something of the sequence; those without attention know no length, only that they do."""
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except ValueError:
+        return bool(cache.has_previous_state())

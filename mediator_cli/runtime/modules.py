@@ -7,12 +7,15 @@ mixes is a `Mixer`; it is told the parts of the batch before each pass. Without 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
+from mediator_cli.errors import BundleError, Problem
+from mediator_cli.runtime.forms import call_with, form_of, takes_rows
 from mediator_cli.runtime.stack import slice_stack, sparse_product, sparse_rows
 
 if TYPE_CHECKING:
@@ -81,14 +84,34 @@ class Mixer:
         return (dense.float() + weights @ deltas).to(dense.dtype)
 
 
+def count_rows(parts: tuple[Part, ...]) -> int:
+    """Count the rows of the batch that parts divide."""
+    return sum(len(part.weights) for part in parts)
+
+
+def _by_rows(name: str, x: torch.Tensor, n_rows: int, one: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Call `one` with x laid out by the rows of the batch: x [rows, …], [rows · tokens, …], or one for all rows."""
+    if len(x) == n_rows:
+        return one(x)
+    if len(x) == 1:
+        return one(x.expand(n_rows, *x.shape[1:]))
+    if len(x) % n_rows:
+        message = f"is called with {len(x)} rows in a batch of {n_rows}"
+        raise BundleError(Problem(name, message, "average it: assign.rule=listed without its unit"))
+    return one(x.reshape(n_rows, -1, *x.shape[1:])).flatten(0, 1)
+
+
 def _in_parts(mixer: Mixer, x: torch.Tensor, one: Callable[[Part, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    if len(mixer.parts) == 1:
-        return one(mixer.parts[0], x)
-    results = [one(part, x[part.rows]) for part in mixer.parts]
-    whole = results[0].new_empty(len(x), *results[0].shape[1:])
-    for part, result in zip(mixer.parts, results, strict=True):
-        whole[part.rows] = result
-    return whole
+    def divided(rows: torch.Tensor) -> torch.Tensor:
+        if len(mixer.parts) == 1:
+            return one(mixer.parts[0], rows)
+        results = [one(part, rows[part.rows]) for part in mixer.parts]
+        whole = results[0].new_empty(len(rows), *results[0].shape[1:])
+        for part, result in zip(mixer.parts, results, strict=True):
+            whole[part.rows] = result
+        return whole
+
+    return _by_rows(mixer.name, x, count_rows(mixer.parts), divided)
 
 
 class MixedLinear(nn.Linear):
@@ -113,8 +136,27 @@ class MixedLinear(nn.Linear):
         return y + bias.view(len(x), *(1,) * (x.ndim - 2), -1)
 
 
+class MixedConv1D(Conv1D):
+    """GPT-2's linear layer, whose matrix [in, out] lies the other way round."""
+
+    mixer: Mixer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x · W + b with each row's own W and b: x [rows, …, in] → [rows, …, out]."""
+        if not self.mixer.parts:
+            return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
+        return _in_parts(self.mixer, x, self._one)
+
+    def _one(self, part: Part, x: torch.Tensor) -> torch.Tensor:
+        if part.matrices is None:
+            y = self.mixer.add_product(x @ self.weight, x, part)
+        else:
+            y = x @ part.matrices.get(self.mixer.name, self.weight)
+        return y + self.mixer.vector("bias", self.bias, part.weights).view(len(x), *(1,) * (x.ndim - 2), -1)
+
+
 class MixedEmbedding(nn.Embedding):
-    """An embedding whose matrix is mixed for each row."""
+    """An embedding whose matrix is mixed for each row; put before the class of one that does more than look up."""
 
     mixer: Mixer
 
@@ -125,62 +167,72 @@ class MixedEmbedding(nn.Embedding):
         return _in_parts(self.mixer, ids, self._one)
 
     def _one(self, part: Part, ids: torch.Tensor) -> torch.Tensor:
+        forward = super().forward
         if part.matrices is not None:
-            return functional.embedding(ids, part.matrices.get(self.mixer.name, self.weight))
-        found = functional.embedding(ids, self.weight)
+            weight = part.matrices.get(self.mixer.name, self.weight)
+            return call_with(self, {"weight": weight}, ids, forward)
         if self.mixer.matrix is None or not part.used:
-            return found
+            return forward(ids)
         each = _per_token(part.weights, ids.numel())
         share = sparse_rows(self.mixer.matrix.stacked(ids.device), ids.flatten(), each)
-        return (found.float() + share.view(found.shape)).to(found.dtype)
+        rows = (self.weight[ids.flatten()].float() + share).to(self.weight.dtype)
+        return call_with(self, {"weight": rows}, torch.arange(len(rows), device=ids.device).view(ids.shape), forward)
 
 
 class MixedVectors(nn.Module):
-    """A norm, or any module of vectors, whose vectors are mixed for each row.
+    """Put before the class of a norm, or of any module of vectors, so that its vectors are mixed for each row.
 
     Modules that only scale and shift take one vector for each row in one call; others are called row by row.
     """
 
-    def __init__(self, inner: nn.Module, mixer: Mixer) -> None:
-        super().__init__()
-        self.inner = inner
-        self.mixer = mixer
-        self.takes_rows = takes_rows(inner)
-        self.mixed: dict[str, torch.Tensor] = {}
-        self.mixed_for: tuple[Part, ...] = ()
+    mixer: Mixer
+    takes_rows: bool
+    mixed: dict[str, torch.Tensor]
+    mixed_for: tuple[Part, ...]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Call the module with each row's own vectors: x [rows, …, n]."""
         parts = self.mixer.parts
         if not parts:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return super().forward(x)  # type: ignore[no-any-return]
+        n_rows = count_rows(parts)
         if self.mixed_for is not parts:
-            self.mixed, self.mixed_for = self._mix(parts, len(x)), parts
+            self.mixed, self.mixed_for = self._mix(parts, n_rows), parts
         if next(iter(self.mixed.values())).ndim == 1:
-            return _call(self.inner, self.mixed, x)
+            return self._call(self.mixed, x)
+        return _by_rows(type(self).__name__, x, n_rows, self._each)
+
+    def _call(self, vectors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return call_with(self, vectors, x, super().forward)
+
+    def _each(self, x: torch.Tensor) -> torch.Tensor:
         if self.takes_rows:
             shape = (len(x), *(1,) * (x.ndim - 2), -1)
-            return _call(self.inner, {name: rows.view(shape) for name, rows in self.mixed.items()}, x)
+            return self._call({name: rows.view(shape) for name, rows in self.mixed.items()}, x)
         single = ({name: rows[row] for name, rows in self.mixed.items()} for row in range(len(x)))
-        return torch.cat([_call(self.inner, own, x[row : row + 1]) for row, own in enumerate(single)])
+        return torch.cat([self._call(own, x[row : row + 1]) for row, own in enumerate(single)])
 
     def _mix(self, parts: tuple[Part, ...], n_rows: int) -> dict[str, torch.Tensor]:
         weights = _row_weights(parts, n_rows)
-        dense = dict(self.inner.named_parameters(recurse=False))
+        dense = dict(self.named_parameters(recurse=False))
         if len(parts) == 1 and parts[0].is_uniform:
             return {name: self.mixer.vector(name, parameter, weights[:1])[0] for name, parameter in dense.items()}
         return {name: self.mixer.vector(name, parameter, weights) for name, parameter in dense.items()}
 
 
-def _call(module: nn.Module, parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    # What torch.func.functional_call does, without its walk over the module: it runs for every norm of every token.
-    own = module._parameters
-    kept = dict(own)
-    try:
-        own.update(parameters)  # type: ignore[arg-type]
-        return module(x)  # type: ignore[no-any-return]
-    finally:
-        own.update(kept)
+def take_over(module: Any, mixer: Mixer) -> None:  # noqa: ANN401 - its class changes
+    """Make a module, whose form is known, mix by `mixer`; its parameters, name and hooks stay."""
+    form, own = form_of(module), type(module)
+    module.mixer = mixer
+    if form == "vectors":
+        module.takes_rows, module.mixed, module.mixed_for = takes_rows(module), {}, ()
+        module.__class__ = type(f"Mixed{own.__name__}", (MixedVectors, own), {})
+    elif form == "lookup":
+        # Only training asks which row is padding, and rows looked up beforehand have other numbers.
+        module.padding_idx = None
+        module.__class__ = type(f"Mixed{own.__name__}", (MixedEmbedding, own), {})
+    else:
+        module.__class__ = MixedConv1D if form == "transposed" else MixedLinear
 
 
 def _per_token(weights: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -194,19 +246,3 @@ def _row_weights(parts: tuple[Part, ...], n_rows: int) -> torch.Tensor:
     for part in parts:
         weights[part.rows] = part.weights
     return weights
-
-
-def takes_rows(module: nn.Module) -> bool:
-    """Tell whether a module of vectors [n] computes the same with a vector for each row, [rows, 1, n]."""
-    parameters = dict(module.named_parameters(recurse=False))
-    size = next(iter(parameters.values())).shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    like = next(iter(parameters.values()))
-    x, *drawn = torch.randn(1 + len(parameters), 2, 3, size, generator=generator).to(like).unbind()
-    rows = {name: values[:, :1] for name, values in zip(parameters, drawn, strict=True)}
-    try:
-        together = _call(module, rows, x)
-    except RuntimeError:
-        return False
-    single = [_call(module, {n: v[row, 0] for n, v in rows.items()}, x[row : row + 1]) for row in range(2)]
-    return together.shape == x.shape and bool(torch.allclose(together, torch.cat(single), atol=1e-6))

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mediator_cli.bundle.read import read_bundle
 from mediator_cli.errors import BundleError, Problem, first_line
 from mediator_cli.runtime.deltas import Deltas
+from mediator_cli.runtime.forms import form_of
 from mediator_cli.runtime.mixing import MixtureCache
 from mediator_cli.runtime.model import MixState, Opened, RoutedModel
-from mediator_cli.runtime.modules import Matrix, MixedEmbedding, MixedLinear, MixedVectors, Mixer
+from mediator_cli.runtime.modules import Matrix, Mixer, take_over
+from mediator_cli.runtime.parameters import match_parameters
 from mediator_cli.runtime.prompts import load_tokenizer, prompt_reader
 from mediator_cli.runtime.router import read_router
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mediator_cli.bundle.read import Bundle
+    from mediator_cli.runtime.forms import Form
     from mediator_cli.runtime.mixing import Matrices, Mixture
+    from mediator_cli.runtime.parameters import Owner
 
 CACHE_BYTES = 1 << 30
 SWITCH_TOKENS = 128
@@ -48,7 +51,9 @@ def open_bundle(
     bundle = read_bundle(Path(folder))
     router = read_router(bundle.path, bundle.manifest)
     model = load_dense(bundle.path, dtype).to(device)  # type: ignore[arg-type]
-    mixers = tuple(_install(bundle, model))
+    owners = _routed_owners(bundle, model)
+    dense = {name: group[0].parameter.detach() for name, group in owners.items()}
+    mixers = tuple(_install(bundle, owners))
     model.__class__ = type(f"Routed{type(model).__name__}", (RoutedModel, type(model)), {})
     if not isinstance(model, RoutedModel):
         raise TypeError(type(model).__name__)
@@ -56,11 +61,11 @@ def open_bundle(
     stacked = sum(matrix.deltas.stack_bytes for matrix in matrices.values())
     for matrix in matrices.values():
         matrix.keeps = stacked <= cache_bytes
-    cache = _cache(model, matrices, cache_bytes - stacked if stacked <= cache_bytes else cache_bytes)
+    cache = _cache(dense, matrices, cache_bytes - stacked if stacked <= cache_bytes else cache_bytes)
     reader = prompt_reader(load_tokenizer(bundle.path)) if router else None
     model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, cache, switch_tokens)
     model.state = MixState()
-    getattr(model, model.base_model_prefix).register_forward_pre_hook(model.before_pass, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(model.before_pass, with_kwargs=True)
     return model
 
 
@@ -88,47 +93,49 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _install(bundle: Bundle, model: PreTrainedModel) -> Iterator[Mixer]:
-    owners = _owners(model)
-    wanted = dict.fromkeys(name for sparse in bundle.experts.values() for name in sparse.tensors)
-    for name in wanted:
-        if name not in owners:
-            raise BundleError(Problem(f"{bundle.path}: {name}", "no such parameter in the model", _DAMAGED))
-    by_module: dict[str, list[tuple[str, str]]] = {}
-    for name in wanted:
-        for path, parameter in owners[name]:
-            by_module.setdefault(path, []).append((parameter, name))
-    matrices = {name: Matrix(Deltas(bundle, name)) for name in wanted}
-    for path, members in by_module.items():
-        module = model.get_submodule(path)
-        mixer = _mixer(bundle, module, members, matrices)
-        _take_over(model, path, module, mixer)
+def _install(bundle: Bundle, owners: Mapping[str, tuple[Owner, ...]]) -> Iterator[Mixer]:
+    by_module: dict[str, list[tuple[Owner, str]]] = {}
+    for name, group in owners.items():
+        for owner in group:
+            by_module.setdefault(owner.path, []).append((owner, name))
+    forms = {path: _form(bundle, members) for path, members in by_module.items()}
+    matrices = {
+        name: Matrix(Deltas(bundle, name, transposed=forms[group[0].path] == "transposed"))
+        for name, group in owners.items()
+    }
+    for members in by_module.values():
+        mixer = _mixer(bundle, members, matrices)
+        take_over(members[0][0].module, mixer)
         yield mixer
 
 
-def _owners(model: PreTrainedModel) -> dict[str, list[tuple[str, str]]]:
-    # A tied matrix has one name in the checkpoint and several modules that use it.
-    names: dict[int, list[str]] = {}
-    owners: dict[int, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
-        for parameter, tensor in module.named_parameters(recurse=False):
-            names.setdefault(id(tensor), []).append(f"{path}.{parameter}" if path else parameter)
-            owners.setdefault(id(tensor), []).append((path, parameter))
-    return {name: owners[key] for key, group in names.items() for name in group}
+def _routed_owners(bundle: Bundle, model: PreTrainedModel) -> dict[str, tuple[Owner, ...]]:
+    """Find the modules of all tensors that a sparse expert adds to."""
+    loaded = match_parameters(model, bundle.tensors)
+    wanted = dict.fromkeys(name for sparse in bundle.experts.values() for name in sparse.tensors)
+    for name in wanted:
+        if name not in loaded.owners:
+            raise BundleError(Problem(f"{bundle.path}: {name}", "no such parameter in the model", _DAMAGED))
+    return {name: loaded.owners[name] for name in wanted}
 
 
-def _mixer(bundle: Bundle, module: nn.Module, members: list[tuple[str, str]], matrices: Mapping[str, Matrix]) -> Mixer:
+def _form(bundle: Bundle, members: list[tuple[Owner, str]]) -> Form:
+    owner, name = members[0]
+    form = form_of(owner.module)
+    if form is None:
+        message = f"{type(owner.module).__name__} cannot be mixed for each input"
+        raise BundleError(Problem(f"{bundle.path}: {name}", message, "merge again: what cannot be mixed is averaged"))
+    return form
+
+
+def _mixer(bundle: Bundle, members: list[tuple[Owner, str]], matrices: Mapping[str, Matrix]) -> Mixer:
     mixer = Mixer()
-    for parameter, name in members:
-        tensor = module.get_parameter(parameter)
-        _check_shapes(bundle, name, tensor)
-        if tensor.ndim == 1:
-            mixer.vectors[parameter] = matrices[name].deltas.rows().to(tensor.device)
-        elif parameter == "weight" and type(module) in (nn.Linear, nn.Embedding):
-            mixer.matrix = matrices[name]
+    for owner, name in members:
+        _check_shapes(bundle, name, owner.parameter)
+        if owner.parameter.ndim == 1:
+            mixer.vectors[owner.name] = matrices[name].deltas.rows().to(owner.parameter.device)
         else:
-            message = f"{type(module).__name__} cannot be mixed for each input"
-            raise BundleError(Problem(f"{bundle.path}: {name}", message, "average it: assign.rule=listed without it"))
+            mixer.matrix = matrices[name]
     return mixer
 
 
@@ -139,19 +146,8 @@ def _check_shapes(bundle: Bundle, name: str, tensor: torch.Tensor) -> None:
             raise BundleError(Problem(f"{sparse.file}: {name}", message, _DAMAGED))
 
 
-def _take_over(model: PreTrainedModel, path: str, module: nn.Module, mixer: Mixer) -> None:
-    kinds: Mapping[type, Any] = {nn.Linear: MixedLinear, nn.Embedding: MixedEmbedding}
-    if type(module) in kinds:
-        module.__class__ = kinds[type(module)]
-        module.mixer = mixer  # type: ignore[assignment]
-        return
-    model.set_submodule(path, MixedVectors(module, mixer))
-
-
-def _cache(model: PreTrainedModel, matrices: Mapping[str, Matrix], budget: int) -> MixtureCache:
-    parameters = {name: tensor.detach() for name, tensor in model.named_parameters() if name in matrices}
-
+def _cache(dense: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], budget: int) -> MixtureCache:
     def build(mixture: Mixture) -> Matrices:
-        return {name: matrices[name].deltas.mix(tensor, mixture) for name, tensor in parameters.items()}
+        return {name: matrices[name].deltas.mix(dense[name], mixture) for name in matrices}
 
-    return MixtureCache(budget, sum(tensor.nbytes for tensor in parameters.values()), build)
+    return MixtureCache(budget, sum(dense[name].nbytes for name in matrices), build)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mediator_cli.bundle.sparse_file import SparseDelta
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from mediator_cli.bundle.sparse_file import SparseDelta
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Stack:
     def n_bytes(self) -> int:
         """Count the bytes held."""
         return sum(tensor.nbytes for tensor in (self.starts, self.columns, self.values))
+
+
+def transpose(delta: SparseDelta, shape: tuple[int, int]) -> SparseDelta:
+    """Turn the delta of a matrix [rows, columns] into one of [columns, rows], without overrides: products skip them."""
+    n_rows, n_columns = shape
+    turned = (delta.positions % n_columns) * n_rows + delta.positions // n_columns
+    order = turned.argsort()
+    return SparseDelta((n_columns, n_rows), turned[order], delta.values[order], delta.positions[:0], None)
 
 
 def stack_deltas(deltas: Sequence[SparseDelta | None], shape: tuple[int, int], device: torch.device) -> Stack:

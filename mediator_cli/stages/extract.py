@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 _CLIPS = torch.tensor([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -11,6 +13,12 @@ _INT8_MAX = 127
 def kept_count(density: float, size: int) -> int:
     """Count the entries of a tensor that are kept: the nearest whole number, at least one of a tensor not empty."""
     return min(size, max(1, round(density * size)))
+
+
+def most_random(density: float, size: int) -> int:
+    """Bound the entries that `keep_random` keeps: more of them have a chance below one in 10¹⁴."""
+    mean = density * size
+    return min(size, math.ceil(mean + 8 * math.sqrt(mean * (1 - density)) + 8))
 
 
 def keep_largest(delta: torch.Tensor, threshold: float, n_ties: int) -> torch.Tensor:

@@ -22,6 +22,12 @@ Q = "model.layers.11.self_attn.q_proj.weight"
         ("lm_head.weight", "layer", "lm_head"),
         ("scale", "layer", "scale"),
         ("model.layers.2.scalar", "block", "model.layers.2"),
+        ("encoder.block.0.layer.1.DenseReluDense.wi.weight", "layer", "encoder.block.0"),
+        ("decoder.block.2.layer.1.EncDecAttention.q.weight", "block", "decoder.block.2.layer"),
+        ("model.visual.blocks.1.attn.qkv.weight", "layer", "model.visual.blocks.1"),
+        ("model.language_model.layers.1.mlp.up_proj.weight", "layer", "model.language_model.layers.1"),
+        ("visual.merger.mlp.2.weight", "layer", "visual.merger.mlp.2"),
+        ("backbone.layers.0.mixer.A_log", "block", "backbone.layers.0.mixer"),
     ],
 )
 def test_units(name, granularity, unit):
@@ -70,6 +76,49 @@ def test_layers_cut_off_at_the_end_are_noticed():
 def test_a_second_stack_may_have_another_length():
     names = stack(0, 1, 2) + stack(0, 1, name="vision.blocks")
     assert missing_layers(names, {"num_hidden_layers": 3}) is None
+
+
+def test_a_sequence_may_have_gaps():
+    names = [*stack(0, 1), "visual.merger.mlp.0.weight", "visual.merger.mlp.2.weight", "visual.merger.mlp.2.bias"]
+    assert missing_layers(names, {"num_hidden_layers": 2}) is None
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "fault"),
+    [
+        ((0, 1), (0, 1, 2), None),
+        ((0, 1), (0, 1), "the config counts 3 layers, the tensors have 2 (encoder.block)"),
+        ((0,), (0, 1, 2), "the config counts 2 layers, the tensors have 3 (decoder.block)"),
+        ((0, 1), (), "the config counts 3 layers, the tensors have 2 (encoder.block)"),
+    ],
+)
+def test_encoder_and_decoder_are_counted_each(encoder, decoder, fault):
+    names = stack(*encoder, name="encoder.block") + stack(*decoder, name="decoder.block")
+    config = {"is_encoder_decoder": True, "num_layers": 2, "num_decoder_layers": 3}
+    assert missing_layers(names, config) == fault
+    bart = {"is_encoder_decoder": True, "encoder_layers": 2, "decoder_layers": 3, "num_hidden_layers": 2}
+    assert missing_layers(names, bart) == fault
+
+
+def test_a_decoder_that_the_config_does_not_count_is_as_deep_as_the_encoder():
+    names = stack(0, 1, name="encoder.block") + stack(0, 1, name="decoder.block")
+    config = {"is_encoder_decoder": True, "num_layers": 2, "num_decoder_layers": None}
+    assert missing_layers(names, config) is None
+    assert missing_layers(names[:-1], config) is not None
+
+
+def test_the_language_part_of_a_model_that_sees_is_counted():
+    names = stack(0, 1, 2, name="model.visual.blocks") + stack(0, 1, name="model.language_model.layers")
+    config = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"depth": 3}}
+    assert missing_layers(names, config) is None
+    assert missing_layers(names[:-1], config) is not None
+
+
+def test_layers_that_predict_further_tokens_may_be_stored_behind_the_others():
+    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    assert missing_layers(stack(0, 1), config) is None
+    assert missing_layers(stack(0, 1, 2), config) is None
+    assert missing_layers(stack(0, 1, 2, 3), config) is not None
 
 
 def test_without_a_count_or_layers_nothing_is_missing():

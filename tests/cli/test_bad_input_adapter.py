@@ -6,6 +6,7 @@ from conftest import edit_json, edit_tensors, put, write_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 ADAPTER_EXPERTS = [{"name": "a", "model": "./a"}, {"name": "l", "model": "./lora"}]
+FIRST_NAMES = ", ".join(f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("down", "gate", "up"))
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -27,12 +28,12 @@ ADAPTERS = {
     "ranks that do not fit": (
         lambda w: edit_adapter(w, put(f"{MODULE}.lora_A.weight", torch.zeros(3, 8))),
         f"{{file}}: {Q0}",
-        "B [8, 2] · A [3, 8] does not give [8, 8]",
-        "another base?",
+        "B [8, 2] · A [3, 8] do not fit together",
+        "damaged",
     ),
-    "rank that is not the config's": (
+    "ranks that are not the config's": (
         lambda w: edit_json(config(w), r=4),
-        f"{{file}}: {Q0}",
+        f"{{file}}: {FIRST_NAMES} and 18 more",
         "has rank 2, adapter_config.json says r=4",
         "edited by hand?",
     ),
@@ -41,7 +42,7 @@ ADAPTERS = {
             w, lambda t: t.update({k.replace("layers.0", "layers.9"): v.clone() for k, v in t.items() if MODULE in k})
         ),
         "{file}: model.layers.9.self_attn.q_proj.weight",
-        "the base has no such tensor",
+        "the base has no such tensor, and a merge adds none",
         "another base?",
     ),
     "half a pair": (
@@ -50,23 +51,35 @@ ADAPTERS = {
         "has lora_A alone",
         "damaged",
     ),
-    "unsupported tensor": (
+    "magnitude that the config does not know": (
         lambda w: edit_adapter(w, put(f"{MODULE}.lora_magnitude_vector", torch.zeros(8))),
-        f"{{file}}: {MODULE}.lora_magnitude_vector",
-        "tensor is not supported yet",
-        "only lora_A and lora_B are",
+        "{file}: model.layers.0.self_attn.q_proj",
+        "has a magnitude but use_dora is not set",
+        "edited by hand?",
+    ),
+    "unsupported tensor": (
+        lambda w: edit_adapter(w, put(f"{MODULE}.lora_diag", torch.zeros(8))),
+        f"{{file}}: {MODULE}.lora_diag",
+        "tensor is not supported",
+        "only LoRA, DoRA, biases",
     ),
     "unsupported field": (
-        lambda w: edit_json(config(w), use_dora=True),
-        "{folder}/adapter_config.json use_dora",
-        "use_dora=True is not supported yet",
+        lambda w: edit_json(config(w), kasa_config={"beta": 1}),
+        "{folder}/adapter_config.json kasa_config",
+        "is not supported: it cuts singular values",
         "merge_and_unload",
     ),
-    "trained modules": (
-        lambda w: edit_json(config(w), modules_to_save=["lm_head"]),
-        "{folder}/adapter_config.json modules_to_save",
-        "modules_to_save=['lm_head'] is not supported yet",
-        "merge_and_unload",
+    "start that changed the base": (
+        lambda w: edit_json(config(w), init_lora_weights="pissa"),
+        "{folder}/adapter_config.json init_lora_weights",
+        "init_lora_weights='pissa' is not supported",
+        "path_initial_model_for_weight_conversion",
+    ),
+    "trained head of a tied base": (
+        lambda w: edit_adapter(w, put("base_model.model.lm_head.weight", torch.zeros(20, 8))),
+        "{file}: lm_head.weight",
+        "its head is tied to its embeddings",
+        "give the base a head of its own",
     ),
     "other kind of adapter": (
         lambda w: edit_json(config(w), peft_type="IA3"),
@@ -107,10 +120,7 @@ def test_an_infinite_adapter_factor_is_named_by_the_tensor_that_it_changes(works
 
 def test_all_problems_of_an_adapter_are_told_at_once(workshop, mediator):
     workshop.recipe(experts=ADAPTER_EXPERTS)
-    write_adapter(workshop.folder / "lora", 3, use_dora=True, bias="all", fan_in_fan_out=True)
+    write_adapter(workshop.folder / "lora", 3, use_qalora=True, kasa_config={"beta": 1}, init_lora_weights="olora", r=0)
     run = mediator("validate", "recipe.yaml")
-    assert [line.split(": ")[-1] for line in run.err.splitlines() if line.startswith("error")] == [
-        "bias='all' is not supported yet",
-        "use_dora=True is not supported yet",
-        "fan_in_fan_out=True is not supported yet",
-    ]
+    fields = [line.split(": ")[2].rpartition(" ")[2] for line in run.err.splitlines() if line.startswith("error")]
+    assert sorted(fields) == ["init_lora_weights", "kasa_config", "r", "use_qalora"]

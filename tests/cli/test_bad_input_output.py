@@ -222,7 +222,7 @@ def test_a_real_limit_on_file_sizes_leaves_nothing(workshop):
 @pytest.mark.parametrize(
     ("plot", "message", "hint"),
     [
-        ("heat.gif", "'.gif' is not a picture format", "use .png or .svg"),
+        ("heat.gif", "'.gif' is not a picture format", "use .png, .svg, .pdf or .html"),
         ("no/heat.png", "no such folder", "create it"),
     ],
 )

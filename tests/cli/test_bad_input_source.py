@@ -9,7 +9,7 @@ from conftest import CONFIG, edit_json, edit_tensors, put, write_checkpoint
 from safetensors.torch import save_file
 
 DAMAGED = "the file is damaged or was not downloaded completely"
-DEQUANTISE = "load it with transformers, dequantise it"
+FLOAT = "use the float checkpoint that it was made from"
 NORM, EMBED, Q0 = "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -74,9 +74,9 @@ BROKEN = {
     ),
     "empty folder": (
         lambda w: (shutil.rmtree(w.folder / "b"), (w.folder / "b").mkdir()),
-        "{b}/config.json",
-        "cannot read: no such file",
-        "check the path",
+        "{b}",
+        "is an empty folder",
+        "was the download or training finished?",
     ),
     "config without weights": (
         lambda w: weights(w).unlink(),
@@ -172,35 +172,51 @@ BROKEN = {
         lambda w: edit_expert(w, put(Q0, torch.zeros(8, 8, dtype=torch.int8))),
         "{file}: model.layers.0.self_attn.q_proj.weight",
         "dtype I8: the checkpoint is quantised",
-        DEQUANTISE,
+        FLOAT,
     ),
     "fp8 tensor": (
         lambda w: edit_expert(w, put(NORM, torch.zeros(8).to(torch.float8_e4m3fn))),
         "{file}: model.norm.weight",
         "dtype F8_E4M3: the checkpoint is quantised",
-        DEQUANTISE,
+        FLOAT,
     ),
     "packed tensor": (
         lambda w: edit_expert(w, put("model.layers.0.mlp.up_proj.qweight", torch.zeros(2, dtype=torch.int32))),
         "{file}: model.layers.0.mlp.up_proj.qweight",
         "the checkpoint is quantised",
-        DEQUANTISE,
+        FLOAT,
     ),
     **{
         f"{method} config": (
             quantised(method),
             "{b}/config.json quantization_config",
-            f"is quantised ({method}); only float checkpoints",
-            DEQUANTISE,
+            f"is quantised ({kind}); only float checkpoints",
+            hint,
         )
-        for method in ("gptq", "awq", "bitsandbytes", "fp8")
+        for method, kind, hint in (
+            ("gptq", "GPTQ", FLOAT),
+            ("awq", "AWQ", FLOAT),
+            ("bitsandbytes", "bitsandbytes", "dequantise it first: pip install bitsandbytes accelerate && python -c "),
+            ("fp8", "FP8", "FineGrainedFP8Config(dequantize=True)"),
+        )
     },
-    "GGUF in the folder": (lambda w: swap_for(w.folder / "b", "m.gguf"), "{b}", "holds GGUF files", DEQUANTISE),
-    "pickle in the folder": (
+    "broken GGUF in the folder": (
+        lambda w: swap_for(w.folder / "b", "m.gguf"),
+        "{b}/m.gguf",
+        "cannot read the GGUF: ",
+        "the file is damaged",
+    ),
+    "broken .bin in the folder": (
         lambda w: swap_for(w.folder / "b", "pytorch_model.bin"),
+        "{b}/pytorch_model.bin",
+        "is not a file of torch.save",
+        DAMAGED,
+    ),
+    "TensorFlow in the folder": (
+        lambda w: swap_for(w.folder / "b", "tf_model.h5"),
         "{b}",
-        "holds pytorch_model.bin, not safetensors",
-        "save it again",
+        "holds TensorFlow weights alone",
+        "from_tf=True",
     ),
     "index that leaves its folder": (
         lambda w: write_index(w.folder / "b", **{NORM: "../a/model.safetensors"}),
@@ -250,16 +266,17 @@ def test_a_broken_expert_is_refused(workshop, refused, row):
     refused(f"recipe.yaml:3 experts[1].model: {place}", message, hint)
 
 
-def test_a_hub_id_is_refused_with_the_command_that_downloads_it(workshop, refused):
-    workshop.recipe(experts=[{"name": "a", "model": "org/model-1.5@main"}, {"name": "b", "model": "./b"}])
-    hint = "`hf download org/model-1.5 --local-dir model-1.5`"
-    refused("recipe.yaml:3 experts[0].model: org/model-1.5@main", "no such folder", hint)
+def test_a_folder_that_is_missing_may_be_a_hub_id(workshop, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    workshop.recipe(experts=[{"name": "a", "model": "experts/maths"}, {"name": "b", "model": "./b"}])
+    message = "no such folder, and revision 'main' is not in the Hub's cache"
+    refused("recipe.yaml:3 experts[0].model: experts/maths", message, "run once without --offline")
 
 
-def test_a_gguf_file_is_refused_by_name(workshop, refused):
+def test_a_broken_gguf_file_is_refused(workshop, refused):
     (workshop.folder / "m.gguf").write_bytes(b"GGUF")
     workshop.recipe(base="m.gguf")
-    refused(f"recipe.yaml:2 base: {workshop.folder}/m.gguf", "GGUF files are quantised", DEQUANTISE)
+    refused(f"recipe.yaml:2 base: {workshop.folder}/m.gguf", "cannot read the GGUF: ", "the file is damaged")
 
 
 def test_a_path_that_no_disk_can_hold_is_refused(workshop, refused):

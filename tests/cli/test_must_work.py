@@ -67,7 +67,9 @@ def test_empty_and_zero_dimensional_tensors_work(workshop, fields):
     assert bundle.dense("model.layers.0.empty").shape == (0, 8)
     assert bundle.dense("model.layers.0.scale") == torch.tensor(1.5)
     if fields is not NONE:
-        assert bundle.expert("b", "model.layers.0.scale") == torch.tensor(2.0)
+        # What is no parameter of the model cannot be mixed, and is averaged.
+        assert bundle.expert("b", "model.layers.0.scale") == torch.tensor(1.5)
+        assert bundle.manifest.averaged_in_routed_units == ("model.layers.0.empty", "model.layers.0.scale")
 
 
 def test_sources_that_are_links_as_in_the_hub_cache_work(workshop, mediator):

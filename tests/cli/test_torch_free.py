@@ -7,8 +7,8 @@ import pytest
 
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "matplotlib")
 COMMANDS = (
-    "validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "fit-router", "route", "generate", "chat",
-    "evaluate", "ablate", "methods", "schema",
+    "init", "validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "fit-router", "route", "generate",
+    "chat", "evaluate", "ablate", "methods", "schema",
 )  # fmt: skip
 PROGRAM = """
 import sys

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIG, edit_json, fine_tune, write_adapter, write_checkpoint
+from conftest import CONFIG, edit_json, edit_tensors, fine_tune, shapes, write_adapter, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -215,6 +215,11 @@ def larger(workshop):
 )
 @pytest.mark.parametrize("density", [0.05, 0.5])
 def test_planned_sizes_come_true(larger, dtype, values, density):
+    for name in ("base", "a", "b"):
+        # A bundle that routes must be a whole model.
+        rest = {key: torch.ones(4, dtype=torch.bfloat16) for key in shapes()}
+        file = larger.folder / name / "model.safetensors"
+        edit_tensors(file, lambda tensors, rest=rest: tensors.update(rest | dict(tensors)))
     fields = {"assign": {"rule": "all"}, "extract": {"density": density, "values": values}, "output": {"dtype": dtype}}
     report = describe_plan(plan_of(larger, **fields), None, Settings(workers=1))
     out = larger.merge("out", **fields)

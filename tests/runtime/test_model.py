@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qw
 
 from mediator_cli import load_recipe, make_plan, merge, read_bundle
 from mediator_cli.errors import BundleError, CheckpointError
+from mediator_cli.runtime.forms import takes_rows
 from mediator_cli.runtime.mixing import PASS_TOKENS, MixtureCache
 from mediator_cli.runtime.model import RoutedModel
-from mediator_cli.runtime.modules import MixedVectors, takes_rows
+from mediator_cli.runtime.modules import MixedVectors, take_over
 from mediator_cli.runtime.open import open_bundle
 
 MIXTURES = [[1.0, 0.0], [0.25, 0.75], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
@@ -218,7 +219,8 @@ def test_a_norm_that_takes_no_rows_is_called_row_by_row(bundle: Path) -> None:
     model = open_with(bundle, 10**9)
     mixer = model.model.norm.mixer
     mixer.vectors = {"weight": torch.randn(2, 8), "bias": torch.randn(2, 8)}
-    module = MixedVectors(torch.nn.LayerNorm(8), mixer)
+    module = torch.nn.LayerNorm(8)
+    take_over(module, mixer)
     x = torch.randn(5, 3, 8)
     with torch.no_grad(), model.mixing(MIXTURES):
         model(PROMPTS)

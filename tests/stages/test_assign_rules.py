@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mediator_cli.recipe.schema import AssignSpec
-from mediator_cli.stages.assign import assign_units, mean_plus_std
+from mediator_cli.stages.assign import SparseSizes, assign_units, mean_plus_std
 
 UNITS = ["embed", "l0", "l1", "l2", "l3", "norm"]
 SCORES = {"l0": 0.1, "l1": 0.4, "l2": 0.3, "l3": 0.4, "embed": 0.9, "norm": 0.0}
@@ -80,3 +80,45 @@ def test_mean_plus_std_equals_numpy(scores, n_std):
 
 def test_mean_plus_std_of_nothing_is_zero():
     assert mean_plus_std([], 1.0) == 0.0
+
+
+SIZES = SparseSizes({"l0": 10, "l1": 40, "l2": 25, "l3": 30, "embed": 100, "norm": 1}, files=5)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "expected"),
+    [
+        (14, []),  # nothing fits beside the files' own 5 bytes
+        (15, ["l0"]),
+        (35, ["l3"]),  # l1 is too large, l3 comes before l2 and l0, and leaves nothing
+        (44, ["l3"]),
+        (45, ["l1"]),
+        (70, ["l1", "l2"]),  # l3 does not fit behind l1, l2 does
+        (110, ["l0", "l1", "l2", "l3"]),
+        ("1kB", ["l0", "l1", "l2", "l3"]),
+    ],
+)
+def test_byte_budget_takes_from_the_highest_score_what_still_fits(n_bytes, expected):
+    decided = assign_units(
+        AssignSpec(rule="byte_budget", bytes=n_bytes), UNITS, ["l0", "l1", "l2", "l3"], [], SCORES, SIZES
+    )
+    assert [unit for unit, decision in decided.items() if decision == "route"] == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.sampled_from([0.1, 0.2, 0.3, 0.9])), max_size=12),
+    st.integers(1, 200),
+    st.integers(0, 20),
+)
+def test_byte_budget_equals_a_plain_loop(drawn, n_bytes, files):
+    units = [f"l{index}" for index in range(len(drawn))]
+    left, expected = n_bytes - files, set()
+    for score in (0.9, 0.3, 0.2, 0.1):
+        for unit, (size, own) in zip(units, drawn, strict=True):
+            if own == score and size <= left:
+                left -= size
+                expected.add(unit)
+    scores = {unit: score for unit, (_, score) in zip(units, drawn, strict=True)}
+    sizes = SparseSizes({unit: size for unit, (size, _) in zip(units, drawn, strict=True)}, files)
+    decided = assign_units(AssignSpec(rule="byte_budget", bytes=n_bytes), units, units, [], scores, sizes)
+    assert {unit for unit, decision in decided.items() if decision == "route"} == expected

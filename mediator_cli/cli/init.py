@@ -1,0 +1,44 @@
+"""`mediator init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mediator_cli.cli.options import JsonOption, OfflineOption
+from mediator_cli.cli.output import print_json, print_notices, say, write_text
+
+
+def init(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model that all were tuned from.", show_default=False)
+    ],
+    experts: Annotated[
+        list[str], typer.Argument(metavar="EXPERT...", help="Its fine-tunes or adapters.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the recipe goes.")] = Path("recipe.yaml"),
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", metavar="NAME=FILE", help="Prompts of an expert; repeatable.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the recipe.")] = False,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at a base and its experts, and write a commented recipe that merges them as it is."""
+    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.cli.run import settings
+    from mediator_cli.pipeline.draft import Asked, check_target, draft
+    from mediator_cli.pipeline.draft_text import recipe_text
+
+    check_target(output, force=force)
+    asked = Asked(base, tuple(experts), output, tuple(prompts or ()))
+    choices, report = draft(asked, settings("2GiB", None), Access(offline))
+    write_text(output, recipe_text(choices, report))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    print_notices(report.notices)
+    say(f"{output} written: {', '.join(expert.name for expert in choices.experts)}; read its comments, then")
+    say(f"Next: mediator validate {output}")

@@ -1,0 +1,54 @@
+"""Decide which units of a plan are routed, with the sizes that the rule may ask for."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mediator_cli.bundle.sparse import ALIGNMENT, index_codec, most_bytes, most_override_bytes
+from mediator_cli.bundle.sparse_file import HEADER_BYTES, entry_bytes
+from mediator_cli.checkpoint.header import DTYPE_BYTES
+from mediator_cli.engine.extract import may_override
+from mediator_cli.stages.assign import SparseSizes, assign_units
+from mediator_cli.stages.extract import kept_count, most_random
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mediator_cli.plan.model import Plan, ResolvedExtract, TensorPlan
+    from mediator_cli.stages.assign import Decision
+
+
+def assign_plan(plan: Plan, scores: Mapping[str, float]) -> dict[str, Decision]:
+    """Decide for each unit of a plan by the recipe's rule; `scores` are the conflict of units, if it was measured."""
+    spec = plan.loaded.recipe.assign
+    sizes = sparse_sizes(plan, overrides=True) if spec.rule == "byte_budget" else None
+    return assign_units(spec, plan.units, plan.candidates, plan.listed, scores, sizes)
+
+
+def sparse_sizes(plan: Plan, *, overrides: bool = False) -> SparseSizes:
+    """Bound the bytes of all sparse experts by unit.
+
+    Overrides, rare entries of lossless experts, count only if asked for: their bound is far above what they ever take.
+    """
+    units = dict.fromkeys(plan.units, 0)
+    for tensor in plan.tensors:
+        if tensor.average is not None and tensor.mixable:
+            units[tensor.unit] += _bytes_of(tensor, overrides) * len(plan.experts)
+    return SparseSizes(units, (HEADER_BYTES + ALIGNMENT) * len(plan.experts))
+
+
+def _bytes_of(tensor: TensorPlan, overrides: bool) -> int:
+    extract = tensor.extract
+    index = None if extract.over == "model" else index_codec(extract.density)
+    arrays = most_bytes(tensor.size, _most_kept(extract, tensor.size), extract.values, index) if tensor.size else 0
+    if overrides and may_override(extract):
+        arrays += most_override_bytes(tensor.size, DTYPE_BYTES[tensor.dtype])
+    return arrays + entry_bytes(tensor.name)
+
+
+def _most_kept(extract: ResolvedExtract, size: int) -> int:
+    """Bound the entries of a tensor that are kept; over the model, its part of what all tensors keep together."""
+    if extract.select == "random":
+        return most_random(extract.density, size)
+    return math.ceil(extract.density * size) if extract.over == "model" else kept_count(extract.density, size)

@@ -1,0 +1,51 @@
+"""Whether the experts are fine-tunes of this base, judged by a sample of their deltas."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from mediator_cli.engine.reduce import sum_blocks
+from mediator_cli.engine.streams import BLOCK, Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mediator_cli.engine.streams import Streams
+    from mediator_cli.plan.model import Plan, TensorPlan
+
+FAR = 0.5
+"""Size of a delta, as a share of the base's, from which the base is doubted: unrelated models are at 1.4."""
+_SAMPLED = 24
+
+
+def check_lineage(plan: Plan, streams: Streams) -> Iterator[str]:
+    """Say which experts differ from the base by more than half of its size; reads one block of some matrices."""
+    ratios = delta_sizes(streams, [tensor for tensor in plan.tensors if tensor.average is not None])
+    for expert, ratio in zip(plan.experts, ratios, strict=True):
+        if ratio > FAR:
+            yield (
+                f"expert {expert.name} differs from the base by {ratio:.0%} of the base's size: "
+                f"is {plan.loaded.recipe.base} the model that it was tuned from?"
+            )
+
+
+def delta_sizes(streams: Streams, tensors: Sequence[TensorPlan]) -> list[float]:
+    """Estimate |delta| / |base| of each expert over one block in the middle of evenly spread matrices."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and tensor.size] or list(tensors)
+    chosen = matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]
+    sums = sum_blocks(_squares(streams, tensor)[None] for tensor in chosen)
+    if not chosen:
+        return [0.0] * len(streams.names)
+    base, *deltas = sums.tolist()
+    return [math.sqrt(delta / base) if base else 0.0 for delta in deltas]
+
+
+def _squares(streams: Streams, tensor: TensorPlan) -> torch.Tensor:
+    start = tensor.size // 2 // BLOCK * BLOCK
+    piece = Piece(tensor.name, start, min(start + BLOCK, tensor.size))
+    deltas, base = streams.inputs(piece, "delta")
+    rows = deltas if base is None else torch.cat([base[None], deltas])
+    return rows.double().square().sum(dim=1)

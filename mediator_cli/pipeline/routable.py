@@ -1,0 +1,63 @@
+"""Whether a bundle of this plan can be answered with, and which tensors its run time can mix for each input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mediator_cli.errors import BundleError, Problem, RecipeError
+from mediator_cli.runtime.mixable import empty_model, find_unmixable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mediator_cli.plan.model import Plan
+
+_NEEDED = "routing answers with a causal language model"
+_STATIC = "use assign: {rule: none}"
+
+
+def check_routing(plan: Plan) -> Plan:
+    """Mark the tensors that the run time cannot mix for each row, which are averaged even in routed units, and say so.
+
+    Reads nothing but the base's config. Units that hold nothing else are no candidates any more. A plan that routes
+    nothing is given back as it is. Raises RecipeError when transformers builds no causal language model of the base.
+    """
+    if plan.loaded.recipe.assign.rule == "none":
+        return plan
+    place, kind = plan.loaded.place("assign", "rule"), plan.base.config.get("model_type")
+    try:
+        model = empty_model(plan.base.config)
+    except BundleError as error:
+        reason = error.problems[0].message
+        message = f"{_NEEDED}; {kind} is not one that transformers can build here: it {reason}"
+        raise RecipeError(Problem(place, message, _STATIC)) from None
+    found = find_unmixable(model, plan.base.tensors)
+    if found.missing:
+        raise RecipeError(Problem(place, f"{_NEEDED}; the base lacks {found.missing[0]}, which it needs", _STATIC))
+    return _mark(plan, {tensor.name: found.kinds[tensor.name] for tensor in plan.tensors if tensor.name in found.kinds})
+
+
+def _mark(plan: Plan, kinds: Mapping[str, str]) -> Plan:
+    tensors = tuple(replace(tensor, mixable=tensor.name not in kinds) for tensor in plan.tensors)
+    able = {tensor.unit for tensor in tensors if tensor.mixable and tensor.average is not None}
+    open_units = {*plan.candidates, *plan.listed}
+    affected = {t.name: kinds[t.name] for t in tensors if not t.mixable and t.average is not None}
+    affected = {t.name: affected[t.name] for t in tensors if t.name in affected and t.unit in open_units}
+    return replace(
+        plan,
+        tensors=tensors,
+        candidates=tuple(unit for unit in plan.candidates if unit in able),
+        listed=tuple(unit for unit in plan.listed if unit in able),
+        notices=(*plan.notices, _notice(affected)) if affected else plan.notices,
+    )
+
+
+def _notice(kinds: Mapping[str, str]) -> str:
+    counts = Counter(kinds.values())
+    listed = "; ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    return (
+        f"{len(kinds)} tensors are averaged even where their unit is routed, since the run time cannot mix them for "
+        f"each input: {listed}; such as {next(iter(kinds))}"
+    )
