@@ -56,6 +56,6 @@ def test_a_router_reads_prompts_with_the_output_s_tokens(tmp_path: Path, tokeniz
     experts = [{"name": name, "model": f"./{name}", "prompts": f"./{name}.jsonl"} for name in "ab"]
     plan = plan_of(tmp_path, sources, tokenizer=tokenizer, experts=experts, **{**LOSSLESS, "router": {}})
     out = merge(plan, tmp_path / "out", settings=Settings(workers=1))
-    record, routing = route_texts(out, ["two plus three <x>", "dull film <x>"])
+    record, routing = route_texts(out, ["two plus three", "dull film fine"])
     assert set(plan.notices) <= set(read_bundle(out).manifest.notices)
     assert [record.experts[int(row.argmax())] for row in routing.probabilities] == ["a", "b"]

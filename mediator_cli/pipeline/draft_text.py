@@ -80,7 +80,7 @@ def _about(facts: SourceFacts) -> str:
 
 def _sources(choices: Choices, report: DraftReport) -> Iterator[str]:
     kind = f"{report.base.model_type}, " if report.base.model_type else ""
-    yield comment(f"The model that all experts were tuned from: {kind}{report.n_layers} layers; {_about(report.base)}.")
+    yield comment(f"What all experts were tuned from: {kind}{report.n_layers} layers; {_about(report.base)}.")
     yield f"base: {scalar(choices.base)}"
     yield comment("Each expert may have a `weight: 1.0`, its share where layers are averaged.")
     if report.missing_prompts and report.rule != "none":

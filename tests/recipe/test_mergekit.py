@@ -120,7 +120,7 @@ def test_what_stands_behind_the_value_for_all_never_holds(workshop, load):
     later = FILTERS.replace("    - filter: mlp", "    - value: 0.75\n    - filter: mlp")
     found = {tensor.name: tensor.average.params["t"] for tensor in make_plan(load(later)).tensors}
     assert {t for name, t in found.items() if ".self_attn." not in name} == {0.75}
-    own = TIES.replace("weight: 0.5", "weight: {value: 0.5}") + "# for all\n"
+    own = TIES.replace("weight: 0.5", "weight: {value: 0.5}")
     common = own.replace("  normalize: true", "  normalize: true\n  weight: [{filter: mlp, value: 9}]")
     assert {tensor.weights[0] for tensor in make_plan(load(common)).tensors} == {0.5}
 
