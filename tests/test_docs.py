@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import fine_tune, random_tensors, write_adapter, write_checkpoint
 from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 
@@ -84,7 +85,7 @@ def run(line: str, monkeypatch) -> None:
 
 def test_the_readme_recipe_runs_from_start_to_finish(readme_folder, monkeypatch, capsys):
     lines = commands("One recipe from start to finish")
-    assert len(lines) == 8
+    assert len(lines) == 9
     for line in lines:
         run(line, monkeypatch)
     assert "is valid: 2 experts" in capsys.readouterr().out
@@ -198,10 +199,17 @@ def test_every_shipped_recipe_has_a_valid_form_and_a_schema_line(recipe):
 
 @pytest.mark.parametrize("snippet", blocks((ROOT / "recipes" / "README.md").read_text(encoding="utf-8"), "yaml"))
 def test_the_ways_to_route_of_the_recipes_page_are_valid(snippet, readme_folder):
-    text = (readme_folder / "recipe.yaml").read_text()
-    others = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("assign:", "extract:")))
-    (readme_folder / "recipe.yaml").write_text(others + snippet)
+    whole = yaml.safe_load((readme_folder / "recipe.yaml").read_text()) | yaml.safe_load(snippet)
+    (readme_folder / "recipe.yaml").write_text(yaml.safe_dump(whole))
     assert make_plan(load_recipe(readme_folder / "recipe.yaml")).router is not None
+
+
+def test_every_test_that_the_page_of_checkpoints_names_exists():
+    table = section("mediator_cli/checkpoint/README.md", "What goes wrong elsewhere")
+    named = set(re.findall(r"`(test_\w+)`", table))
+    there = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE)}  # fmt: skip # noqa: E501
+    assert len(named) > 20
+    assert named <= there, named - there
 
 
 def test_there_are_recipes():

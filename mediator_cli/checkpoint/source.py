@@ -104,7 +104,7 @@ def open_checkpoint(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
 
 def look_at(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
     """Read the headers of any checkpoint, also of one that can't be merged, such as a quantised one."""
-    weights = find_weights(repo.source if repo else str(folder), list(repo.sizes) if repo else list_names(folder))
+    weights = _find_far_weights(repo) if repo else find_weights(str(folder), list_names(folder))
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return Checkpoint(folder, config, _read_weights(folder, weights, repo, config), repo)
 

@@ -39,10 +39,11 @@ def analyze_conflicts(
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.conflicts import preview_assignment
     from mediator_cli.pipeline.merge import analyze_conflicts as measure
+    from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly
 
-    made = make_plan(load_partly(recipe, changes or ()), Access(offline))
+    made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     check_plot(plot)
     told = Told(quiet)
     told.tell(*made.notices)

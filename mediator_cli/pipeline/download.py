@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from mediator_cli.checkpoint.header import TensorInfo
@@ -76,7 +77,7 @@ def plan_with_unseen(loaded: LoadedRecipe, access: Access, progress: Progress) -
     try:
         return make_plan(loaded, access)
     except MediatorError as error:
-        repos = [] if access.offline else _repos(loaded, access)
+        repos = [] if access.offline else list(_repos(loaded, access))
         known = {problem.message for repo in repos if (problem := unseen_problem(repo))}
         if not {problem.message for problem in error.problems} <= known:
             raise
@@ -84,10 +85,12 @@ def plan_with_unseen(loaded: LoadedRecipe, access: Access, progress: Progress) -
     return make_plan(loaded, access)
 
 
-def _repos(loaded: LoadedRecipe, access: Access) -> list[HubRepo]:
-    sources = dict.fromkeys([loaded.recipe.base, *(expert.model for expert in loaded.recipe.experts)])
-    locations = [find_location(source, loaded.resolve(source), access) for source in sources]
-    return [location.repo for location in locations if location.repo is not None]
+def _repos(loaded: LoadedRecipe, access: Access) -> Iterator[HubRepo]:
+    for source in dict.fromkeys([loaded.recipe.base, *(expert.model for expert in loaded.recipe.experts)]):
+        with suppress(MediatorError):
+            location = find_location(source, loaded.resolve(source), access)
+            if location.repo is not None:
+                yield location.repo
 
 
 def download(files: tuple[FarFile, ...], progress: Progress, target: Path | None = None, reserved: int = 0) -> None:

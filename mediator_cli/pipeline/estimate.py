@@ -107,7 +107,8 @@ def _winners(plan: Plan) -> dict[str, str]:
 
 def _assignment(plan: Plan) -> str:
     spec = plan.loaded.recipe.assign
-    fixed = {"none": "average all units", "all": "route all units", "listed": f"route {', '.join(plan.listed)}"}
+    every = f"route {len(plan.candidates)} of {len(plan.units)} units: all candidates"
+    fixed = {"none": "average all units", "all": every, "listed": f"route {', '.join(plan.listed)}"}
     if spec.rule in fixed:
         return fixed[spec.rule]
     rule = {

@@ -141,10 +141,13 @@ def _tied_head(name: str, base: Checkpoint, expert: Checkpoint, known: set[str])
 def _other_type(base: Checkpoint, expert: Checkpoint) -> str:
     ours, theirs = base.config.get("model_type"), expert.config.get("model_type")
     inside = base.config.get("text_config")
-    is_language_part = isinstance(inside, dict) and str(inside.get("model_type")).removesuffix("_text") == theirs
-    same_family = isinstance(inside, dict) and str(ours).startswith(str(theirs))
-    if ours == theirs or is_language_part or same_family:
+    if ours == theirs:
         return ""
+    if isinstance(inside, dict):
+        # The language part has a type of its own, or that of the family: gemma3_text, llama, qwen2_vl_text.
+        own = str(inside.get("model_type"))
+        if theirs in (own, own.removesuffix("_text")) or str(ours).startswith(str(theirs)):
+            return ""
     return f"other architecture: model_type {theirs}, the base is {ours}"
 
 

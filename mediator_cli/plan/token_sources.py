@@ -32,6 +32,7 @@ class OpenedSource:
 
     name: str
     place: str
+    folder: Path
     rows: Mapping[str, int]
     vocabulary: Vocabulary | None = None
     digest: str = ""
@@ -59,12 +60,11 @@ def open_sources(
     """Read the vocabularies of base and experts; `widths` are elements of a row, by tensor of the base."""
     own = {tensor: base.tensors[tensor].size // width for tensor, width in widths.items()}
     places = {spec.name: loaded.place("experts", n, "model") for n, spec in enumerate(loaded.recipe.experts)}
-    opened = [_open("base", f"{loaded.place('base')}: {base.path}", base.path, own)]
+    opened = [_open("base", loaded.place("base"), base.path, own)]
     for expert in experts:
         sizes = {tensor: _n_elements(expert, base, tensor) for tensor in widths}
         rows = {tensor: size // widths[tensor] for tensor, size in sizes.items() if size and not size % widths[tensor]}
-        path = expert.source.path
-        opened.append(_open(expert.name, f"{places[expert.name]}: {path}", path, rows))
+        opened.append(_open(expert.name, places[expert.name], expert.source.path, rows))
     return opened
 
 
@@ -79,12 +79,12 @@ def _n_elements(expert: ExpertSource, base: Checkpoint, tensor: str) -> int | No
 
 def _open(name: str, place: str, folder: Path, rows: Mapping[str, int]) -> OpenedSource:
     if not has_vocabulary(folder):
-        return OpenedSource(name, place, rows)
+        return OpenedSource(name, place, folder, rows)
     digest = vocabulary_digest(folder)
     try:
-        return OpenedSource(name, place, rows, read_vocabulary(folder), digest)
+        return OpenedSource(name, place, folder, rows, read_vocabulary(folder), digest)
     except CheckpointError as error:
-        return OpenedSource(name, place, rows, None, digest, error.problems[0])
+        return OpenedSource(name, place, folder, rows, None, digest, error.problems[0])
 
 
 def uneven_rows(sources: Sequence[OpenedSource], kept: Collection[str]) -> Iterator[Problem]:
@@ -93,7 +93,11 @@ def uneven_rows(sources: Sequence[OpenedSource], kept: Collection[str]) -> Itera
         merged = {tensor: n for tensor, n in source.rows.items() if tensor not in kept or source.name == "base"}
         if len(set(merged.values())) > 1:
             counts = ", ".join(f"{n} in {tensor}" for tensor, n in merged.items())
-            yield Problem(source.place, f"has unequal rows of tokens: {counts}", "is the checkpoint complete?")
+            yield Problem(
+                f"{source.place}: {source.folder}",
+                f"has unequal rows of tokens: {counts}",
+                "is the checkpoint complete?",
+            )
 
 
 def is_by_position(sources: Sequence[OpenedSource]) -> bool:
@@ -150,4 +154,4 @@ def _without_tokenizer(source: OpenedSource, reason: str) -> Problem:
     if source.fault is not None:
         message = f"{source.fault.message}, and its rows must be matched by token: {reason}"
         return Problem(f"{source.place}: {source.fault.place}", message, source.fault.hint)
-    return Problem(source.place, f"brings no tokenizer to match rows by, and {reason}", _BRING)
+    return Problem(f"{source.place}: {source.folder}", f"brings no tokenizer to match rows by, and {reason}", _BRING)

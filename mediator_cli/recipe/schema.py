@@ -33,7 +33,9 @@ class ExpertSpec(Strict):
     """One fine-tune of the base: a full checkpoint or a LoRA adapter."""
 
     name: ExpertName
-    model: Annotated[str, Field(min_length=1, description="Folder of a checkpoint or of a PEFT LoRA adapter.")]
+    model: Annotated[
+        str, Field(min_length=1, description="A checkpoint or a PEFT LoRA adapter: a folder, or org/name[@revision].")
+    ]
     weight: Annotated[
         Graded,
         Field(description="Merge coefficient of this expert: a number, or a list of anchors over the layers."),
@@ -280,7 +282,13 @@ class Recipe(Strict):
 
     version: Annotated[Literal[1], Field(description="Version of the recipe format.")]
     kind: Annotated[Literal["mediator"], Field(description="Kind of merge; a static merge is rule none.")] = "mediator"
-    base: Annotated[str, Field(min_length=1, description="Folder of the model that all experts were tuned from.")]
+    base: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Model that all experts were tuned from: a folder, or org/name[@revision] on the Hub.",
+        ),
+    ]
     experts: Annotated[
         tuple[ExpertSpec, ...], Field(strict=False, min_length=1, description="The fine-tunes to merge, in order.")
     ]

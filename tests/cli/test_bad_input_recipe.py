@@ -141,7 +141,7 @@ FORM = {
         "schema",
     ),
     "tokenizer of nobody": ({"tokenizer": "expert:zoe"}, "tokenizer", "tokenizer names no expert: 'zoe'", "schema"),
-    "tokenizer union": ({"tokenizer": "union"}, "tokenizer", "'union' is not allowed", "base or expert:NAME"),
+    "tokenizer onion": ({"tokenizer": "onion"}, "tokenizer", "'onion' is not allowed", "base or expert:NAME"),
     "shard size": ({"output": {"shard_size": "5 apples"}}, "output.shard_size", "'5 apples' is not a size", "schema"),
     "unknown dtype": ({"output": {"dtype": "int8"}}, "output.dtype", "(got 'int8')", "schema"),
 }

@@ -137,9 +137,9 @@ BROKEN = {
     ),
     "other vocabulary": (
         lambda w: edit_expert(w, put(EMBED, torch.zeros(24, 8))),
-        "{b} model.embed_tokens.weight",
-        "shape [24, 8], the base has [20, 8]",
-        "resize the embeddings",
+        "{b}/tokenizer.json",
+        "its rows must be matched by token: it has 24 rows of tokens, the base has 20",
+        "save the tokenizer as tokenizer.json",
     ),
     "other architecture": (
         lambda w: edit_json(w.folder / "b" / "config.json", model_type="qwen2"),

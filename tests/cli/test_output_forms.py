@@ -35,7 +35,7 @@ def test_validate_answers_in_json(answer):
 def test_plan_answers_in_json(answer, workshop):
     report = answer("plan", "recipe.yaml")
     assert (report["n_layers"], report["n_units"], report["n_tensors"]) == (3, 5, 29)
-    assert report["assignment"] == "route all units"
+    assert report["assignment"] == "route 5 of 5 units: all candidates"
     assert report["dense_bytes"] == DENSE_BYTES
     assert report["output"] == str(workshop.folder / "recipe")
     assert [(m["method"], m["parameters"]["density"], m["n_tensors"]) for m in report["methods"]] == [("ties", 0.2, 29)]
