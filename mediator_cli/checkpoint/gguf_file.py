@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
 import struct
+import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +66,7 @@ def open_gguf(file: Path) -> Path:
         return folder
     _check_packages(file)
     kinds = _read_kinds(file)
-    with _draft(folder) as draft:
+    with _draft(folder) as draft, _bars_on_terminals_only():
         tokenizer = _convert(file, draft, _float_dtype(kinds))
         record = {"file": str(file.resolve()), "stored_as": kinds, "no_tokenizer": tokenizer}
         (draft / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -174,6 +176,11 @@ def _readable(file: Path) -> Iterator[None]:
         raise CheckpointError(Problem(str(file), f"cannot read the GGUF: {first_line(error)}", _DAMAGED)) from None
     except _BROKEN as error:
         raise CheckpointError(Problem(str(file), f"cannot read the GGUF: {first_line(error)}", _DAMAGED)) from None
+
+
+def _bars_on_terminals_only() -> AbstractContextManager[object]:
+    """Keep the bars of transformers out of files and pipes; what is wrong is raised, not printed."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 @contextmanager

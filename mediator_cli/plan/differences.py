@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mediator_cli.plan.model import TokenSettings
     from mediator_cli.recipe.schema import Recipe
 
-_NOT_BEHAVIOUR = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+_NOT_BEHAVIOUR = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 _ABSENT = "(absent)"
 
 
@@ -51,7 +51,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _settings(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for config in configs.values() for name in config)
-    return [name for name in names if name not in _NOT_BEHAVIOUR]
+    # What starts with an underscore is the library's own note, such as where the config came from.
+    return [name for name in names if name not in _NOT_BEHAVIOUR and not name.startswith("_")]
 
 
 def _differing(
