@@ -43,8 +43,8 @@ demo: demo-experts ## build real experts, measure conflict, merge them, route qu
 test: install ## run the tests, below 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n $(JOBS)
 
-test-slow: demo-experts ## run the tests on the real model and its experts
-	$(BIN)/python -m pytest -m slow tests/slow
+test-slow: demo-experts ## run the long tests, most of them on the real model and its experts
+	$(BIN)/python -m pytest -m slow tests
 
 lint: install ## check style and format
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ JOBS = {
     "ties (paper)": ["assign.rule=none", "average.method=ties"],
     "ties (mergekit)": ["assign.rule=none", "average.method=ties", "average.preset=mergekit", "average.density=0.5"],
     "dare_ties (mergekit)": ["assign.rule=none", "average.method=dare_ties", "average.preset=mergekit"],
-    "mediator, mean_std": ["average.method=ties"],
+    "mediator, mean_std": ["assign.rule=mean_std", "average.method=ties"],
     "all routed, density 1": ["assign.rule=all", "extract.density=1.0", "average.method=linear"],
 }
 PEERS = {

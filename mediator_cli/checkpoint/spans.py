@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     """What tensors are made of, by name; tensors that are not in it are stored as they are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A run of elements of `tensor` of the source `source`, from flat index `start`."""
 
@@ -25,7 +25,7 @@ class Part:
     start: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """`size` elements: those of one part, or the mean of several."""
 

@@ -24,7 +24,7 @@ def settings(
     from mediator_cli.errors import OutputError, Problem
     from mediator_cli.pipeline.merge import Settings
     from mediator_cli.pipeline.progress import silent, unheard
-    from mediator_cli.recipe.schema import parse_size
+    from mediator_cli.recipe.sizes import parse_size
 
     try:
         n_bytes = parse_size(memory)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 16
 """Elements in a fixed block. Sums and random numbers are per block; slabs are whole blocks, so they change nothing."""
-_RUNTIME_BYTES = 400 << 20
+RUNTIME_BYTES = 400 << 20
+"""Memory of the interpreter with torch, before anything is read."""
 _BLOCKS_PER_SLAB = 2
 
 
@@ -47,23 +48,23 @@ class Piece:
     stop: int
 
 
-def make_budget(n_experts: int, workers: int, memory: int) -> Budget:
-    """Choose the largest slab, up to two blocks, with which all workers fit in `memory` bytes.
+def make_budget(n_experts: int, workers: int, memory: int, resident: int = RUNTIME_BYTES) -> Budget:
+    """Choose the largest slab, up to two blocks, with which all workers fit in `memory` bytes beside `resident`.
 
     Raises OutputError when not even one worker with one block does.
     """
     for count in range(workers, 0, -1):
         for blocks in range(_BLOCKS_PER_SLAB, 0, -1):
-            if peak_bytes(n_experts, Budget(count, blocks * BLOCK)) <= memory:
+            if peak_bytes(n_experts, Budget(count, blocks * BLOCK), resident) <= memory:
                 return Budget(count, blocks * BLOCK)
-    least = peak_bytes(n_experts, Budget(1, BLOCK))
+    least = peak_bytes(n_experts, Budget(1, BLOCK), resident)
     message = f"{memory >> 20} MiB are too little for {n_experts} experts"
     raise OutputError(Problem("--memory", message, f"give at least {-(-least >> 20)} MiB"))
 
 
-def peak_bytes(n_experts: int, budget: Budget) -> int:
-    """Estimate the peak memory of streaming: the interpreter with torch, and about six float32 slabs per expert."""
-    return _RUNTIME_BYTES + budget.workers * budget.slab * 4 * (6 * n_experts + 8)
+def peak_bytes(n_experts: int, budget: Budget, resident: int = RUNTIME_BYTES) -> int:
+    """Estimate the peak memory of streaming: what is there before, and about six float32 slabs per expert."""
+    return resident + budget.workers * budget.slab * 4 * (6 * n_experts + 8)
 
 
 def pieces(tensor: str, size: int, slab: int) -> list[Piece]:

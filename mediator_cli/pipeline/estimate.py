@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.engine.statistics import group_by_method
-from mediator_cli.engine.streams import make_budget, peak_bytes
+from mediator_cli.engine.streams import peak_bytes
 from mediator_cli.pipeline.assign import sparse_sizes
 from mediator_cli.pipeline.conflicts import conflict_passes
 from mediator_cli.pipeline.download import far_files_of, free_bytes
-from mediator_cli.pipeline.merge import Settings, dense_bytes, output_folder
+from mediator_cli.pipeline.merge import Settings, budget_of, dense_bytes, output_folder, resident_bytes
 from mediator_cli.pipeline.record import method_records
-from mediator_cli.recipe.schema import parse_size
+from mediator_cli.recipe.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +67,7 @@ class PlanReport(BaseModel):
 
 def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanReport:
     """Put a plan in numbers; reads nothing but free disk space."""
-    budget = make_budget(len(plan.experts), settings.workers, settings.memory)
+    budget = budget_of(plan, settings)
     target = output_folder(plan, output)
     return PlanReport(
         output=str(target),
@@ -80,7 +80,7 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
         read_bytes=_reads(plan),
         dense_bytes=dense_bytes(plan),
         sparse_bytes=_sparse_range(plan),
-        peak_memory=peak_bytes(len(plan.experts), budget),
+        peak_memory=peak_bytes(len(plan.experts), budget, resident_bytes(plan)),
         workers=budget.workers,
         free_disk=free_bytes(target),
         methods=tuple(MethodReport(**record.model_dump()) for record in method_records(plan)),

@@ -18,7 +18,7 @@ from mediator_cli.engine.extract import Dense, Extraction, extract_expert
 from mediator_cli.engine.pool import map_ordered, single_threaded_kernels
 from mediator_cli.engine.publish import check_output, publish
 from mediator_cli.engine.statistics import Found, find_statistics, group_by_method
-from mediator_cli.engine.streams import make_budget, open_streams
+from mediator_cli.engine.streams import RUNTIME_BYTES, make_budget, open_streams
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import conflict_passes, measure_conflicts, reuse_report, scores_by_measure
@@ -29,7 +29,7 @@ from mediator_cli.pipeline.record import Outcome, make_manifest, model_card
 from mediator_cli.pipeline.routable import check_routing
 from mediator_cli.pipeline.router import add_router, prepare_router
 from mediator_cli.pipeline.side_files import write_json, write_side_files
-from mediator_cli.recipe.schema import parse_size
+from mediator_cli.recipe.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mediator_cli.stages.assign import Decision
 
 DEFAULT_MEMORY = 2 << 30
+_TRANSFORMERS_BYTES = 150 << 20
 _READ_RATE = 2
 """Bytes of one stored element, for progress in bytes; most checkpoints are 16-bit."""
 
@@ -76,7 +77,7 @@ def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictR
     download_weights(plan, run.progress)
     with open_streams(plan) as streams, single_threaded_kernels():
         _doubts(plan, streams, run)
-        return _measure(plan, streams, _budget(plan, run), digest_sources(plan, run), run)
+        return _measure(plan, streams, budget_of(plan, run), digest_sources(plan, run), run)
 
 
 def merge(
@@ -93,7 +94,7 @@ def merge(
     target = output_folder(plan, output)
     check_output(target, run.overwrite)
     _check_space(plan, target)
-    budget, job = _budget(plan, run), prepare_router(plan)
+    budget, job = budget_of(plan, run), prepare_router(plan)
     download_weights(plan, run.progress, target, dense_bytes(plan))
     with publish(target, run.overwrite) as folder:
         with open_streams(plan) as streams, single_threaded_kernels():
@@ -121,9 +122,15 @@ def _doubts(plan: Plan, streams: Streams, run: Settings) -> tuple[str, ...]:
     return doubts
 
 
-def _budget(plan: Plan, run: Settings) -> Budget:
-    budget = make_budget(len(plan.experts), run.workers, run.memory)
+def budget_of(plan: Plan, run: Settings) -> Budget:
+    """Choose how much runs at a time, so that it fits in the memory that is given."""
+    budget = make_budget(len(plan.experts), run.workers, run.memory, resident_bytes(plan))
     return budget if run.slab is None else replace(budget, slab=run.slab)
+
+
+def resident_bytes(plan: Plan) -> int:
+    """Estimate the memory before anything is read; transformers tells what can be routed, so it is there too."""
+    return RUNTIME_BYTES + (0 if plan.loaded.recipe.assign.rule == "none" else _TRANSFORMERS_BYTES)
 
 
 def dense_bytes(plan: Plan) -> int:

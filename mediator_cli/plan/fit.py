@@ -15,7 +15,7 @@ from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.checkpoint.matching import match_names, some_names
 from mediator_cli.checkpoint.spans import Part, Span
 from mediator_cli.errors import Problem
-from mediator_cli.plan.vocabulary import vocabulary_tensors
+from mediator_cli.plan.vocabulary import token_embeddings, vocabulary_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -134,7 +134,7 @@ def _whole(name: str, own: str, expert: Checkpoint) -> tuple[Span, ...]:
 def _tied_head(name: str, base: Checkpoint, expert: Checkpoint, known: set[str]) -> dict[str, tuple[Span, ...]]:
     """Read the head of an expert that ties it to its embeddings, where the base has a head of its own."""
     heads = [key for key in base.tensors if key.endswith(_HEAD) and key not in known] if expert.is_tied else []
-    embeddings = [key for key in vocabulary_tensors(expert.tensors, expert.config) if not key.endswith("bias")]
+    embeddings = token_embeddings(expert.tensors, expert.config)
     return {key: _whole(name, embeddings[0], expert) for key in heads if len(embeddings) == 1}
 
 

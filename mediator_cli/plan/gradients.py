@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from mediator_cli.checkpoint.layout import layers_of, place_of
 from mediator_cli.errors import Problem
 from mediator_cli.methods.registry import Method, Params, ResolvedMethod, methods, resolve_method
-from mediator_cli.plan.vocabulary import vocabulary_tensors
+from mediator_cli.plan.vocabulary import token_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mediator_cli.checkpoint.header import TensorInfo
-
-_HEAD_KINDS = ("head", "embed_out", "output", "decoder")
 
 
 def value_at(value: float | Sequence[float], position: float) -> float:
@@ -46,14 +44,8 @@ def positions(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> d
         for stack in stacks.values()
         for index, layer in enumerate(stack)
     }
-    embeddings = set(_embeddings(tensors, config))
+    embeddings = set(token_embeddings(tensors, config))
     return {name: at.get(place_of(name).layer or "", 0.0 if name in embeddings else 1.0) for name in tensors}
-
-
-def _embeddings(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[str]:
-    for name in vocabulary_tensors(tensors, config):
-        if len(tensors[name].shape) == 2 and not place_of(name).kind.endswith(_HEAD_KINDS):
-            yield name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.checkpoint.matching import some_names
 from mediator_cli.errors import Problem
-from mediator_cli.plan.vocabulary import vocabulary_tensors
+from mediator_cli.plan.vocabulary import token_embeddings, vocabulary_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +57,7 @@ def language_part(base: Checkpoint) -> frozenset[str] | None:
     if "text_config" not in base.config or not any(sense in base.config for sense in _SENSES):
         return None
     rows = vocabulary_tensors(base.tensors, base.config)
-    stems = [".".join(place_of(name).modules[:-1]) for name in rows if "head" not in place_of(name).kind]
+    stems = [".".join(place_of(name).modules[:-1]) for name in token_embeddings(base.tensors, base.config)]
     if not stems:
         return None
     return frozenset(name for name in base.tensors if name in rows or _parent(name) == stems[0])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mediator_cli.plan.rows import TokenSource
     from mediator_cli.recipe.load import LoadedRecipe
 
+_HEAD_KINDS = ("head", "embed_out", "output", "decoder")
 _NOT_TOKENS = re.compile(r"(^|[._])(wpe|wtt|pos|positions?|positional|token_type|norm|ln)([._]|$)")
 
 
@@ -32,6 +33,12 @@ def vocabulary_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, A
     """Find the tensors outside the layers that have a row per token: embeddings, heads and their biases."""
     rows = vocabulary_size(config)
     return tuple(name for name, info in tensors.items() if rows is not None and _is_per_token(info, rows, tensors))
+
+
+def token_embeddings(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Find the matrices with a row per token by which tokens come in: those of them that are no heads."""
+    rows = vocabulary_tensors(tensors, config)
+    return tuple(n for n in rows if not n.endswith("bias") and not place_of(n).kind.endswith(_HEAD_KINDS))
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from mediator_cli.recipe.layers import Graded, Layers
 from mediator_cli.recipe.router import RouterSpec
+from mediator_cli.recipe.sizes import parse_size
 from mediator_cli.recipe.strict import Finite, Fraction, Strict
 
 Unit = Literal["layer", "block", "tensor"]
@@ -82,28 +82,6 @@ class ConflictSpec(Strict):
     unit: Annotated[
         Unit, Field(description="What is averaged or routed as a whole: a decoder layer, a block of it, or a tensor.")
     ] = "layer"
-
-
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str | int) -> int:
-    """Read a number of bytes such as `5GB`, `512MiB` or `1000`; raise ValueError for anything else.
-
-    >>> parse_size("5GB"), parse_size("1.5 KiB"), parse_size(7)
-    (5000000000, 1536, 7)
-    """
-    raw = str(text).strip()
-    digits = raw.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = raw[len(digits) :].strip().upper()
-    try:
-        size = float(digits) * _SIZE_UNITS[unit]
-    except (ValueError, KeyError):
-        raise ValueError(f"'{text}' is not a size; write 5GB, 512MiB or a number of bytes") from None
-    if not math.isfinite(size) or size < 1:
-        raise ValueError(f"'{text}' is not a size of at least one byte")
-    return int(size)
 
 
 def _is_size(value: int | str | None) -> int | str | None:

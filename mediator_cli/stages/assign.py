@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from mediator_cli.recipe.schema import parse_size
+from mediator_cli.recipe.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -27,7 +27,7 @@ def test_a_memory_that_is_no_size_is_refused(workshop, refused):
 @pytest.mark.parametrize("command", ["merge", "plan", "analyze-conflicts"])
 def test_too_little_memory_is_refused_with_what_is_enough(workshop, refused, command):
     workshop.recipe()
-    message, hint = "10 MiB are too little for 2 experts", "give at least 405 MiB"
+    message, hint = "10 MiB are too little for 2 experts", "give at least 555 MiB"
     refused("--memory", message, hint, command, "recipe.yaml", "-o", "out", "--memory", "10MiB")
 
 

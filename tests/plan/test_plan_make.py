@@ -254,7 +254,7 @@ def test_a_plan_counts_what_each_stage_reads(larger):
 
 
 def test_more_memory_is_never_planned_than_is_given(larger):
-    for memory in (500 << 20, 1 << 30, 4 << 30):
+    for memory in (600 << 20, 1 << 30, 4 << 30):
         report = describe_plan(plan_of(larger), None, Settings(memory=memory, workers=64))
         assert report.peak_memory <= memory
         assert 1 <= report.workers <= 64

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mediator_cli.errors import RecipeError
-from mediator_cli.recipe.schema import AssignSpec, parse_size
+from mediator_cli.recipe.schema import AssignSpec
+from mediator_cli.recipe.sizes import parse_size
 
 TEXT = """# a comment
 version: 1
