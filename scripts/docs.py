@@ -100,7 +100,8 @@ def _fields(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Any:  
         target = _resolve(schema, facts["items"]) if is_list and "items" in facts else inner
         field = f"{prefix}{name}{'[]' if is_list else ''}"
         if name == "average":
-            target = AverageSpec.model_json_schema()
+            # In an override, what is left out is not the default but what applies without it.
+            target = {} if prefix else AverageSpec.model_json_schema()
         meaning = facts.get("description") or inner.get("description") or ""
         if not target.get("properties"):
             meaning = _with_values(schema, facts, meaning)
