@@ -228,5 +228,5 @@ def joined(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[LoopbackHub
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr("mediator_cli.checkpoint.hub_files.WAITS", (0.0, 0.0))
+        monkeypatch.setattr("mediator_cli.checkpoint.hub.files.WAITS", (0.0, 0.0))
         yield hub

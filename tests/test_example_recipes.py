@@ -11,7 +11,7 @@ import pytest
 
 from mediator_cli import load_recipe
 from mediator_cli.checkpoint.header import read_tensors
-from mediator_cli.checkpoint.hub import is_hub_id
+from mediator_cli.checkpoint.hub.find import is_hub_id
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(file for name in ("qwen2.5-7b", "llama-3.1-8b") for file in (ROOT / "recipes" / name).glob("*.yaml"))

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mediator_cli.checkpoint.formats import SAFETENSORS, find_weights, list_names, refuse_pointers
 from mediator_cli.checkpoint.gguf_file import find_gguf, open_gguf
 from mediator_cli.checkpoint.header import Header, TensorInfo, read_json, read_tensors, unreadable
-from mediator_cli.checkpoint.hub import ONLINE, Access, find_repo, is_hub_id, missing_file, read_far_headers
+from mediator_cli.checkpoint.hub.find import ONLINE, Access, find_repo, is_hub_id, missing_file, read_far_headers
 from mediator_cli.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mediator_cli.checkpoint.hub_repo import HubRepo
+    from mediator_cli.checkpoint.hub.repo import HubRepo
 
 _SIDE_PATTERNS = (
     "tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.spm", "*.tiktoken", "special_tokens_map.json",

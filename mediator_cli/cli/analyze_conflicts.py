@@ -33,8 +33,8 @@ def analyze_conflicts(
     quiet: QuietOption = False,
 ) -> None:
     """Measure where the experts disagree: a heat map of layers by module kinds, and a report to reuse."""
-    from mediator_cli.checkpoint.hub import Access
-    from mediator_cli.cli.heat_map import check_plot, draw, print_heat_map, write_report
+    from mediator_cli.checkpoint.hub.find import Access
+    from mediator_cli.cli.heat.map import check_plot, draw, print_heat_map, write_report
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.conflicts import preview_assignment

@@ -57,7 +57,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure models on tasks: accuracy, memory, time; the same for bundles, their experts, and plain models."""
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.evaluate.models import find_candidates
     from mediator_cli.evaluate.tasks import load_tasks
 

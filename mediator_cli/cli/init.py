@@ -27,10 +27,10 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """Look at a base and its experts, and write a commented recipe that merges them as it is."""
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
-    from mediator_cli.pipeline.draft import Asked, check_target, draft
-    from mediator_cli.pipeline.draft_text import recipe_text
+    from mediator_cli.pipeline.draft.choose import Asked, check_target, draft
+    from mediator_cli.pipeline.draft.text import recipe_text
 
     check_target(output, force=force)
     asked = Asked(base, tuple(experts), output, tuple(prompts or ()))

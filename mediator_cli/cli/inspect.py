@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.hub_repo import HubRepo
+    from mediator_cli.checkpoint.hub.repo import HubRepo
 
 
 def inspect(
@@ -31,7 +31,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a source holds: tensors, dtypes, sizes; for a bundle also assignment, experts and lineage."""
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.checkpoint.source import find_location
 
     location = find_location(source, Path(source).absolute(), Access(offline))
@@ -65,7 +65,7 @@ def describe(folder: Path, repo: HubRepo | None = None) -> dict[str, Any]:
     """Gather the facts of a folder, or of a repository whose weights may still be on the Hub, from headers alone."""
     from mediator_cli.bundle.manifest import MANIFEST, read_manifest
     from mediator_cli.checkpoint.header import read_json
-    from mediator_cli.checkpoint.hub import read_far_header
+    from mediator_cli.checkpoint.hub.find import read_far_header
     from mediator_cli.checkpoint.source import is_adapter, look_at
 
     kind = "bundle" if (folder / MANIFEST).is_file() else "LoRA adapter" if is_adapter(folder) else "checkpoint"

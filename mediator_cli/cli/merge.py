@@ -41,7 +41,7 @@ def merge(
 ) -> None:
     """Carry a recipe out: measure conflict, assign layers, average, extract experts, write the bundle."""
     from mediator_cli.bundle.manifest import read_manifest
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings

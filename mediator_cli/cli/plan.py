@@ -24,7 +24,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a merge would do: layers, bytes, memory, parameters, and which source wins where they differ."""
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
     from mediator_cli.pipeline.routable import check_routing

@@ -12,7 +12,7 @@ def validate(
     recipe: RecipeArgument, changes: SetOption = None, offline: OfflineOption = False, as_json: JsonOption = False
 ) -> None:
     """Check a recipe and its checkpoints: every problem at once, from headers and configs alone."""
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.errors import MediatorError
     from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.plan.make import make_plan

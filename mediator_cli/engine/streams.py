@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mediator_cli.checkpoint.adapter import Adapter
+from mediator_cli.checkpoint.adapter.open import Adapter
+from mediator_cli.checkpoint.adapter.read import AdapterReader
 from mediator_cli.checkpoint.read import FullReader, MappedReader, open_files
-from mediator_cli.checkpoint.read_adapter import AdapterReader
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.errors import CheckpointError, OutputError, Problem
 

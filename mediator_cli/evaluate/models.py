@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mediator_cli.bundle.manifest import MANIFEST, read_manifest
-from mediator_cli.checkpoint.adapter import open_adapter
-from mediator_cli.checkpoint.hub import ONLINE, Access
+from mediator_cli.checkpoint.adapter.open import open_adapter
+from mediator_cli.checkpoint.hub.find import ONLINE, Access
 from mediator_cli.checkpoint.source import find_location, is_adapter, open_checkpoint, side_files, weight_files
 from mediator_cli.errors import CheckpointError, MediatorError, Problem, did_you_mean
 from mediator_cli.pipeline.download import download, far_files
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mediator_cli.bundle.manifest import Manifest
-    from mediator_cli.checkpoint.adapter import Adapter
+    from mediator_cli.checkpoint.adapter.open import Adapter
     from mediator_cli.checkpoint.source import Checkpoint, Location
     from mediator_cli.pipeline.download import FarFile
     from mediator_cli.pipeline.progress import Progress
@@ -169,8 +169,8 @@ def load_candidate(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTok
 
 def _add_adapter(model: PreTrainedModel, folder: Path, base: Path) -> None:
     """Add scale · B·A to each tensor that the adapter changes, as a merge reads it: in float32, rounded once."""
+    from mediator_cli.checkpoint.adapter.read import AdapterReader
     from mediator_cli.checkpoint.read import FullReader, open_files
-    from mediator_cli.checkpoint.read_adapter import AdapterReader
 
     tensors = open_checkpoint(base).tensors
     adapter = open_adapter(folder, tensors)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.hub_files import fetch_weights, partial_bytes
+from mediator_cli.checkpoint.hub.files import fetch_weights, partial_bytes
 from mediator_cli.checkpoint.source import find_location, unseen_files, unseen_problem, weight_files
 from mediator_cli.checkpoint.write import write_error
 from mediator_cli.errors import MediatorError, OutputError, Problem
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.hub import Access
-    from mediator_cli.checkpoint.hub_repo import HubRepo
+    from mediator_cli.checkpoint.hub.find import Access
+    from mediator_cli.checkpoint.hub.repo import HubRepo
     from mediator_cli.pipeline.progress import Progress
     from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.load import LoadedRecipe

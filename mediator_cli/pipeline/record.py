@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.manifest import ConflictReport, RouterRecord
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.hub_repo import HubRepo
+    from mediator_cli.checkpoint.hub.repo import HubRepo
     from mediator_cli.engine.extract import Kept
     from mediator_cli.plan.model import ExpertSource, Plan
     from mediator_cli.stages.assign import Decision

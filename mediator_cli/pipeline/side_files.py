@@ -10,7 +10,7 @@ import yaml
 
 from mediator_cli.checkpoint.header import read_json
 from mediator_cli.pipeline.tokenizer import write_tokenizer
-from mediator_cli.plan.token_settings import CONFIG, GENERATION
+from mediator_cli.plan.tokens.settings import CONFIG, GENERATION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

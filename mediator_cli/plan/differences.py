@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.checkpoint.header import read_json
 from mediator_cli.plan.model import Difference
-from mediator_cli.plan.token_settings import CONFIG, GENERATION, is_token_setting
+from mediator_cli.plan.tokens.settings import CONFIG, GENERATION, is_token_setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -15,7 +15,7 @@ from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.checkpoint.matching import match_names, some_names
 from mediator_cli.checkpoint.spans import Part, Span
 from mediator_cli.errors import Problem
-from mediator_cli.plan.vocabulary import token_embeddings, vocabulary_tensors
+from mediator_cli.plan.tokens.tensors import token_embeddings, vocabulary_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mediator_cli.checkpoint.layout import layers_of, place_of
 from mediator_cli.errors import Problem
 from mediator_cli.methods.registry import Method, Params, ResolvedMethod, methods, resolve_method
-from mediator_cli.plan.vocabulary import token_embeddings
+from mediator_cli.plan.tokens.tensors import token_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter import Adapter
+from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.gguf_file import gguf_notice
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
-from mediator_cli.checkpoint.hub import ONLINE, Access
+from mediator_cli.checkpoint.hub.find import ONLINE, Access
 from mediator_cli.checkpoint.layout import natural_key, place_of, unit_of
 from mediator_cli.checkpoint.source import side_files, weight_files
 from mediator_cli.checkpoint.vocabulary import is_tokenizer_file
@@ -22,8 +22,9 @@ from mediator_cli.plan.model import Plan, TensorPlan, TokenSettings
 from mediator_cli.plan.overrides import check_methods, check_overrides, resolve_settings
 from mediator_cli.plan.router import check_router, check_router_base, resolve_router
 from mediator_cli.plan.sources import check_experts_alone, open_base, open_experts
-from mediator_cli.plan.token_settings import find_token_settings
-from mediator_cli.plan.vocabulary import VocabularyPlan, plan_vocabulary, with_rows
+from mediator_cli.plan.tokens.match import VocabularyPlan, plan_vocabulary
+from mediator_cli.plan.tokens.settings import find_token_settings
+from mediator_cli.plan.tokens.tensors import with_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mediator_cli.checkpoint.adapter import Adapter
+from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.layout import layers_of
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter import Adapter, open_adapter
+from mediator_cli.checkpoint.adapter.open import Adapter, open_adapter
 from mediator_cli.checkpoint.layout import missing_layers
 from mediator_cli.checkpoint.source import Checkpoint, find_location, is_adapter, open_checkpoint
 from mediator_cli.errors import CheckpointError, Problem
@@ -14,7 +14,7 @@ from mediator_cli.plan.model import ExpertSource
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.plan.keep import Kept
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.recipe.schema import ExpertSpec

@@ -9,10 +9,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from mediator_cli.checkpoint.adapter import open_adapter
+from mediator_cli.checkpoint.adapter.open import open_adapter
+from mediator_cli.checkpoint.adapter.read import AdapterReader
 from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.checkpoint.read import FullReader, open_files
-from mediator_cli.checkpoint.read_adapter import AdapterReader
 from mediator_cli.checkpoint.source import weight_files
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}

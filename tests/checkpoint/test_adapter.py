@@ -9,10 +9,10 @@ import torch
 from conftest import random_tensors, write_adapter
 from safetensors.torch import load_file, save_file
 
-from mediator_cli.checkpoint.adapter import open_adapter
+from mediator_cli.checkpoint.adapter.open import open_adapter
+from mediator_cli.checkpoint.adapter.read import AdapterReader
 from mediator_cli.checkpoint.header import TensorInfo, read_tensors
 from mediator_cli.checkpoint.read import FullReader, open_files
-from mediator_cli.checkpoint.read_adapter import AdapterReader
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.errors import CheckpointError
 

@@ -23,7 +23,7 @@ from peft_adapters import (
 )
 from safetensors.torch import load_file, save_file
 
-from mediator_cli.checkpoint.adapter import open_adapter
+from mediator_cli.checkpoint.adapter.open import open_adapter
 from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.errors import CheckpointError
 
@@ -291,7 +291,7 @@ def test_names_with_the_adapters_name_in_them_are_the_same(tmp_path):
 
 
 def test_threads_change_no_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("mediator_cli.checkpoint.read_adapter._PRODUCT_ELEMENTS", 50)
+    monkeypatch.setattr("mediator_cli.checkpoint.adapter.read._PRODUCT_ELEMENTS", 50)
     write(tmp_path, llama, target_modules=["q_proj", "embed_tokens"], use_dora=True)
     whole = read_all(tmp_path)
     with open_reader(tmp_path) as (reader, shapes), ThreadPoolExecutor(4) as pool:

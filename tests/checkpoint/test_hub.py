@@ -11,9 +11,9 @@ from loopback_hub import TOKEN, joined
 from safetensors.torch import save_file
 
 from mediator_cli.checkpoint.header import read_header
-from mediator_cli.checkpoint.hub import Access, find_repo, is_hub_id, read_far_header
-from mediator_cli.checkpoint.hub_files import fetch_weights, partial_bytes
-from mediator_cli.checkpoint.hub_repo import HubRepo
+from mediator_cli.checkpoint.hub.files import fetch_weights, partial_bytes
+from mediator_cli.checkpoint.hub.find import Access, find_repo, is_hub_id, read_far_header
+from mediator_cli.checkpoint.hub.repo import HubRepo
 from mediator_cli.checkpoint.source import find_location, open_checkpoint, weight_files
 from mediator_cli.errors import CheckpointError
 
@@ -443,7 +443,7 @@ def test_weights_that_another_process_fetched_meanwhile_are_taken(hub, tmp_path,
 
 
 def test_large_files_are_asked_for_in_pieces(hub, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("mediator_cli.checkpoint.hub_files._PIECE", 150_000)
+    monkeypatch.setattr("mediator_cli.checkpoint.hub.files._PIECE", 150_000)
     hub.add("org/name", model)
     repo, file = weights(tmp_path)
     fetch_weights(repo, "model.safetensors")

@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mediator_cli.cli import heat_style
-from mediator_cli.cli.heat_chart import axis
-from mediator_cli.cli.heat_style import STEPS, contrast, ink_on, ramp
+from mediator_cli.cli.heat import style as heat_style
+from mediator_cli.cli.heat.chart import axis
+from mediator_cli.cli.heat.style import STEPS, contrast, ink_on, ramp
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = "<script>alert(1)<"

@@ -12,8 +12,8 @@ from loopback_hub import TOKEN, joined
 from safetensors.torch import load_file, save_file
 
 from mediator_cli.bundle.manifest import read_manifest
-from mediator_cli.checkpoint.hub import Access
-from mediator_cli.checkpoint.hub_files import partial_bytes
+from mediator_cli.checkpoint.hub.files import partial_bytes
+from mediator_cli.checkpoint.hub.find import Access
 from mediator_cli.evaluate.models import download_candidates, find_candidates
 
 NAMES = ("base", "a", "b")

@@ -20,9 +20,9 @@ from tiny_vocabularies import Tokens, write_source
 from mediator_cli import load_recipe
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.errors import OutputError
-from mediator_cli.pipeline.draft import Asked, check_target, first_choices
-from mediator_cli.pipeline.draft_names import expert_names
-from mediator_cli.pipeline.draft_text import comment, scalar
+from mediator_cli.pipeline.draft.choose import Asked, check_target, first_choices
+from mediator_cli.pipeline.draft.names import expert_names
+from mediator_cli.pipeline.draft.text import comment, scalar
 from mediator_cli.recipe.load import parse_partly
 from mediator_cli.recipe.schema import RESERVED_NAMES
 from mediator_cli.recipe.sizes import human_bytes

@@ -51,7 +51,7 @@ def test_inspect_needs_no_torch(workshop):
     "modules",
     [
         "mediator_cli, mediator_cli.errors, mediator_cli.recipe.load, mediator_cli.checkpoint.header",
-        "mediator_cli.bundle.manifest, mediator_cli.checkpoint.source, mediator_cli.checkpoint.adapter",
+        "mediator_cli.bundle.manifest, mediator_cli.checkpoint.source, mediator_cli.checkpoint.adapter.open",
         "mediator_cli.checkpoint.layout, mediator_cli.checkpoint.write, mediator_cli.plan.sources",
     ],
 )

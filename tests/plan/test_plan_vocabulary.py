@@ -20,8 +20,8 @@ from mediator_cli.checkpoint.header import TensorInfo
 from mediator_cli.checkpoint.spans import Part, Span
 from mediator_cli.checkpoint.vocabulary import TokenizerModel, Vocabulary
 from mediator_cli.errors import RecipeError
-from mediator_cli.plan.rows import TokenOutput, TokenSource, make_layouts
-from mediator_cli.plan.vocabulary import vocabulary_tensors
+from mediator_cli.plan.tokens.rows import TokenOutput, TokenSource, make_layouts
+from mediator_cli.plan.tokens.tensors import vocabulary_tensors
 
 
 def info(name, *shape, dtype="F32"):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter import Adapter
+from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.vocabulary import has_vocabulary, read_vocabulary, vocabulary_digest
 from mediator_cli.errors import CheckpointError, Problem
-from mediator_cli.plan.rows import TokenSource
+from mediator_cli.plan.tokens.rows import TokenSource
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from mediator_cli.checkpoint.hub_errors import hub_errors, retry_after, status_of
+from mediator_cli.checkpoint.hub.errors import hub_errors, retry_after, status_of
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    from mediator_cli.checkpoint.hub_repo import HubRepo
+    from mediator_cli.checkpoint.hub.repo import HubRepo
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each new try; counted anew whenever bytes came."""

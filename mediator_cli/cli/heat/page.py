@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.heat_chart import mark, score_chart
-from mediator_cli.cli.heat_style import STEPS, style_sheet
-from mediator_cli.cli.heat_words import denoise_words, escaped, row_label, rule_words, short_kind
+from mediator_cli.cli.heat.chart import mark, score_chart
+from mediator_cli.cli.heat.style import STEPS, style_sheet
+from mediator_cli.cli.heat.words import denoise_words, escaped, row_label, rule_words, short_kind
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:

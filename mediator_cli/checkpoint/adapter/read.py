@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from mediator_cli.checkpoint.adapter import Adapter
-    from mediator_cli.checkpoint.adapter_changes import Change, Magnitude, Product, Rows, Whole, Window
+    from mediator_cli.checkpoint.adapter.changes import Change, Magnitude, Product, Rows, Whole, Window
+    from mediator_cli.checkpoint.adapter.open import Adapter
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.read import Reader
 

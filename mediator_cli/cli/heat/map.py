@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.heat_words import short_kind
+from mediator_cli.cli.heat.words import short_kind
 from mediator_cli.cli.output import console, print_table, say, write_text
 from mediator_cli.errors import OutputError, Problem
 
@@ -51,7 +51,7 @@ def draw(file: Path, plan: Plan, report: ConflictReport, preview: Preview) -> No
     if file.suffix != _PAGE:
         draw_heat_map(file, report, preview)
         return
-    from mediator_cli.cli.heat_page import heat_page
+    from mediator_cli.cli.heat.page import heat_page
 
     write_text(file, heat_page(plan, report, preview))
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from mediator_cli.checkpoint.hub import has_file, read_far_header
-from mediator_cli.checkpoint.hub_repo import HubRepo
+from mediator_cli.checkpoint.hub.find import has_file, read_far_header
+from mediator_cli.checkpoint.hub.repo import HubRepo
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mediator_cli.plan.token_sources import label_of
+from mediator_cli.plan.tokens.sources import label_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from mediator_cli.plan.rows import TokenOutput, TokenSource
+    from mediator_cli.plan.tokens.rows import TokenOutput, TokenSource
 
 _SHOWN = 5
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")

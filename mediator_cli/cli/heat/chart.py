@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.heat_words import escaped, row_label
+from mediator_cli.cli.heat.words import escaped, row_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

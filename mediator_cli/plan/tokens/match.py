@@ -1,70 +1,26 @@
-"""Tensors with a row per token, and the rows that each source has for the output's tokens."""
+"""The output's tokens, and the rows that each source has for them, matched by text."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.header import FLOAT_DTYPES
-from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.checkpoint.vocabulary import TOKENIZER_JSON
 from mediator_cli.errors import Problem
-from mediator_cli.plan.rows import TokenOutput, find_base_rows, make_layouts
-from mediator_cli.plan.token_notices import name_tokens, token_notices
-from mediator_cli.plan.token_sources import is_by_position, match_sources, open_sources, uneven_rows, unread_notices
+from mediator_cli.plan.tokens.notices import name_tokens, token_notices
+from mediator_cli.plan.tokens.rows import TokenOutput, find_base_rows, make_layouts
+from mediator_cli.plan.tokens.sources import is_by_position, match_sources, open_sources, uneven_rows, unread_notices
+from mediator_cli.plan.tokens.tensors import vocabulary_size, vocabulary_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.source import Checkpoint
     from mediator_cli.checkpoint.spans import Layout
     from mediator_cli.checkpoint.vocabulary import Vocabulary
     from mediator_cli.plan.model import ExpertSource
-    from mediator_cli.plan.rows import TokenSource
+    from mediator_cli.plan.tokens.rows import TokenSource
     from mediator_cli.recipe.load import LoadedRecipe
-
-_HEAD_KINDS = ("head", "embed_out", "output", "decoder")
-_NOT_TOKENS = re.compile(r"(^|[._])(wpe|wtt|pos|positions?|positional|token_type|norm|ln)([._]|$)")
-
-
-def vocabulary_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Find the tensors outside the layers that have a row per token: embeddings, heads and their biases."""
-    rows = vocabulary_size(config)
-    return tuple(name for name, info in tensors.items() if rows is not None and _is_per_token(info, rows, tensors))
-
-
-def token_embeddings(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Find the matrices with a row per token by which tokens come in: those of them that are no heads."""
-    rows = vocabulary_tensors(tensors, config)
-    return tuple(n for n in rows if not n.endswith("bias") and not place_of(n).kind.endswith(_HEAD_KINDS))
-
-
-def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Read the number of rows of tokens from a config; of the language part, where it has several."""
-    inside = config.get("text_config")
-    found = config.get("vocab_size") or (inside.get("vocab_size") if isinstance(inside, dict) else None)
-    return found if isinstance(found, int) else None
-
-
-def with_rows(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    """Give the shape of a tensor with another number of rows of tokens.
-
-    >>> with_rows((20, 8), 22), with_rows((1, 20), 22)
-    ((22, 8), (1, 22))
-    """
-    return (1, rows) if len(shape) == 2 and shape[0] == 1 else (rows, *shape[1:])
-
-
-def _is_per_token(info: TensorInfo, rows: int, tensors: Mapping[str, TensorInfo]) -> bool:
-    # Positions and norms of a tiny model may be as many as its tokens.
-    if info.dtype not in FLOAT_DTYPES or place_of(info.name).layer is not None or _NOT_TOKENS.search(info.name):
-        return False
-    if not info.name.endswith("bias"):
-        return len(info.shape) == 2 and info.shape[0] == rows
-    weight = tensors.get(f"{info.name.removesuffix('bias')}weight")
-    return info.shape in ((rows,), (1, rows)) and (weight is None or weight.shape[:1] == (rows,) != weight.shape)
 
 
 @dataclass(frozen=True)

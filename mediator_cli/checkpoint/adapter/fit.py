@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter_changes import Change, Product, Rows, Shift, Whole
-from mediator_cli.checkpoint.adapter_pairs import Fault, Pair, find_absent, find_pairs, find_rows, to_problems
-from mediator_cli.checkpoint.adapter_places import Landing, find_landings
-from mediator_cli.checkpoint.adapter_products import make_products, stacked_flipped, stored_flipped
+from mediator_cli.checkpoint.adapter.changes import Change, Product, Rows, Shift, Whole
+from mediator_cli.checkpoint.adapter.pairs import Fault, Pair, find_absent, find_pairs, find_rows, to_problems
+from mediator_cli.checkpoint.adapter.places import Landing, find_landings
+from mediator_cli.checkpoint.adapter.products import make_products, stacked_flipped, stored_flipped
 from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from mediator_cli.checkpoint.adapter_config import AdapterConfig
-    from mediator_cli.checkpoint.adapter_parts import Parts
+    from mediator_cli.checkpoint.adapter.config import AdapterConfig
+    from mediator_cli.checkpoint.adapter.parts import Parts
     from mediator_cli.checkpoint.header import TensorInfo
 
 _OTHER_BASE = "was the adapter trained on another base?"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.header import parse_header, read_header
-from mediator_cli.checkpoint.hub_errors import hub_errors
-from mediator_cli.checkpoint.hub_files import copy_range, fetch_small
-from mediator_cli.checkpoint.hub_repo import HubRepo
+from mediator_cli.checkpoint.hub.errors import hub_errors
+from mediator_cli.checkpoint.hub.files import copy_range, fetch_small
+from mediator_cli.checkpoint.hub.repo import HubRepo
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:

@@ -17,14 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.checkpoint.header import read_json
-from mediator_cli.checkpoint.hub import ONLINE, is_hub_id
+from mediator_cli.checkpoint.hub.find import ONLINE, is_hub_id
 from mediator_cli.errors import MediatorError, OutputError, Problem, RecipeError, did_you_mean
-from mediator_cli.pipeline.draft_names import expert_names
+from mediator_cli.pipeline.draft.names import expert_names
 from mediator_cli.pipeline.estimate import DifferenceReport, describe_plan
 from mediator_cli.pipeline.routable import check_routing
 from mediator_cli.plan.make import make_plan
 from mediator_cli.plan.overrides import resolve_extract
-from mediator_cli.plan.vocabulary import vocabulary_size
+from mediator_cli.plan.tokens.tensors import vocabulary_size
 from mediator_cli.recipe.load import parse_partly
 from mediator_cli.recipe.schema import ExtractSpec
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.hub import Access
+    from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.pipeline.merge import Settings
     from mediator_cli.plan.model import ExpertSource, Plan
     from mediator_cli.recipe.schema import ValueCodec

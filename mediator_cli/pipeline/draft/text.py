@@ -13,7 +13,7 @@ from mediator_cli.recipe.sizes import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mediator_cli.pipeline.draft import Choices, DraftExpert, DraftReport, SourceFacts
+    from mediator_cli.pipeline.draft.choose import Choices, DraftExpert, DraftReport, SourceFacts
 
 _PLAIN = re.compile(r"([A-Za-z]|\.{0,2}/)[\w./@-]*", re.ASCII)
 _NOT_TEXTS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.checkpoint.source import Checkpoint
     from mediator_cli.checkpoint.vocabulary import Vocabulary
-    from mediator_cli.plan.vocabulary import VocabularyPlan
+    from mediator_cli.plan.tokens.match import VocabularyPlan
 
 _TOKEN_SETTING = re.compile(r"_token_ids?$|_token_index$")
 _INSIDE = "text_config"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter_changes import Magnitude, Product, Window
+from mediator_cli.checkpoint.adapter.changes import Magnitude, Product, Window
 from mediator_cli.checkpoint.layout import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from mediator_cli.checkpoint.adapter_pairs import Pair
-    from mediator_cli.checkpoint.adapter_places import Landing
+    from mediator_cli.checkpoint.adapter.pairs import Pair
+    from mediator_cli.checkpoint.adapter.places import Landing
     from mediator_cli.checkpoint.header import TensorInfo
 
 

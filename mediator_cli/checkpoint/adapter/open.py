@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter_config import read_config
-from mediator_cli.checkpoint.adapter_fit import fit_adapter
-from mediator_cli.checkpoint.adapter_parts import read_parts
+from mediator_cli.checkpoint.adapter.config import read_config
+from mediator_cli.checkpoint.adapter.fit import fit_adapter
+from mediator_cli.checkpoint.adapter.parts import read_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.checkpoint.adapter_changes import Change
+    from mediator_cli.checkpoint.adapter.changes import Change
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.hub_repo import HubRepo
+    from mediator_cli.checkpoint.hub.repo import HubRepo
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from mediator_cli.checkpoint.adapter_changes import Rows
+from mediator_cli.checkpoint.adapter.changes import Rows
 from mediator_cli.checkpoint.matching import some_names
 from mediator_cli.errors import Problem
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from mediator_cli.checkpoint.adapter_config import AdapterConfig
-    from mediator_cli.checkpoint.adapter_parts import Parts
+    from mediator_cli.checkpoint.adapter.config import AdapterConfig
+    from mediator_cli.checkpoint.adapter.parts import Parts
     from mediator_cli.checkpoint.header import TensorInfo
 
     Roles = Mapping[str, TensorInfo]

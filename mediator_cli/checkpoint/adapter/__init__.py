@@ -1,0 +1,1 @@
+"""PEFT LoRA adapters: read exactly as base + change, or refused by name."""

@@ -1,0 +1,1 @@
+"""A first recipe for a base and its experts, drafted from their headers."""

@@ -1,0 +1,1 @@
+"""Whose tokens the output has, and where each source has its rows of them."""
