@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from mediator_cli.checkpoint.formats import SAFETENSORS, find_weights, list_names, refuse_pointers
 from mediator_cli.checkpoint.gguf_file import find_gguf, open_gguf
 from mediator_cli.checkpoint.header import Header, TensorInfo, read_json, read_tensors, unreadable
-from mediator_cli.checkpoint.hub.find import ONLINE, Access, find_repo, is_hub_id, missing_file, read_far_headers
+from mediator_cli.checkpoint.hub.find import (
+    ONLINE,
+    Access,
+    find_repo,
+    is_hub_id,
+    missing_file,
+    read_far_headers,
+    unseen_problem,
+)
 from mediator_cli.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
 from mediator_cli.errors import CheckpointError, Problem
 
@@ -134,31 +142,10 @@ def _read_bins(folder: Path, weights: str, repo: HubRepo | None, config: Mapping
     """Find the tensors in files of torch.save, which must lie on disk; only here torch is needed to open a source."""
     from mediator_cli.checkpoint.torch_file import read_torch_file, without_second_names  # noqa: PLC0415
 
-    if repo is not None:
-        _refuse_unseen(repo)
+    if repo is not None and (problem := unseen_problem(repo)):
+        raise CheckpointError(problem)
     found = read_tensors(folder, lambda files: [Header(read_torch_file(file), {}, 0) for file in files], weights)
     return without_second_names(found, config)
-
-
-def _refuse_unseen(repo: HubRepo) -> None:
-    if problem := unseen_problem(repo):
-        raise CheckpointError(problem)
-
-
-def unseen_files(repo: HubRepo) -> tuple[str, ...]:
-    """List the weight files of a repository that can't be looked at before they are fetched, and are not yet."""
-    found = [name for name in repo.sizes if fnmatchcase(name, "pytorch_model*.bin")]
-    return tuple(name for name in found if not (repo.folder / name).is_file())
-
-
-def unseen_problem(repo: HubRepo) -> Problem | None:
-    """Say that a repository's weights can't be checked before they are fetched; None where they are there."""
-    names = unseen_files(repo)
-    if not names:
-        return None
-    message = f"holds no safetensors; the tensors of {names[0]} cannot be checked before it is downloaded"
-    hint = f"`hf download {repo.repo_id} --revision {repo.commit} --include 'pytorch_model*.bin'`"
-    return Problem(repo.source, message, f"`mediator merge` downloads it first; to check it now, {hint}")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.hub.files import fetch_weights, partial_bytes
-from mediator_cli.checkpoint.source import find_location, unseen_files, unseen_problem, weight_files
+from mediator_cli.checkpoint.hub.find import unseen_files, unseen_problem
+from mediator_cli.checkpoint.source import find_location, weight_files
 from mediator_cli.checkpoint.write import write_error
 from mediator_cli.errors import MediatorError, OutputError, Problem
 from mediator_cli.pipeline.progress import counter

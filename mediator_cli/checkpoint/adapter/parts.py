@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from mediator_cli.checkpoint.hub.find import has_file, read_far_header
+from mediator_cli.checkpoint.hub.find import has_file, read_far_header, unseen_problem
 from mediator_cli.checkpoint.hub.repo import HubRepo
 from mediator_cli.errors import CheckpointError, Problem
 
@@ -83,11 +83,9 @@ def _open(folder: Path, repo: HubRepo | None) -> tuple[Path, Iterable[TensorInfo
         from mediator_cli.checkpoint.torch_file import read_torch_file  # noqa: PLC0415 - it needs torch
 
         return pickled, read_torch_file(pickled)
-    place, hint = str(folder), "save the adapter with PEFT's save_pretrained, which writes safetensors"
-    if repo is not None:
-        place = repo.source
-        if has_file(folder, pickled.name, repo):
-            hint = f"`hf download {repo.repo_id} --revision {repo.commit}`, and run this again: a .bin must be on disk"
+    if repo is not None and (problem := unseen_problem(repo)):
+        raise CheckpointError(problem)
+    place, hint = repo.source if repo else str(folder), "save the adapter with PEFT's save_pretrained"
     raise CheckpointError(Problem(place, f"holds no {file.name}", hint))
 
 

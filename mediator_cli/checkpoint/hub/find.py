@@ -10,6 +10,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,6 +149,24 @@ def missing_file(repo: HubRepo, name: str) -> CheckpointError:
 def has_file(folder: Path, name: str, repo: HubRepo | None) -> bool:
     """Whether a folder has a file, on disk or still on the Hub."""
     return (folder / name).is_file() or (repo is not None and name in repo.sizes)
+
+
+def unseen_files(repo: HubRepo) -> tuple[str, ...]:
+    """List the weight files of a repository that can't be looked at before they are fetched, and are not yet."""
+    if any(name.endswith(".safetensors") for name in repo.sizes):
+        return ()
+    found = [name for name in repo.sizes if fnmatchcase(name, "pytorch_model*.bin") or name == "adapter_model.bin"]
+    return tuple(name for name in found if not (repo.folder / name).is_file())
+
+
+def unseen_problem(repo: HubRepo) -> Problem | None:
+    """Say that a repository's weights can't be checked before they are fetched; None where they are there."""
+    names = unseen_files(repo)
+    if not names:
+        return None
+    message = f"holds no safetensors; the tensors of {names[0]} cannot be checked before it is downloaded"
+    hint = f"`hf download {repo.repo_id} --revision {repo.commit} --include '*_model*.bin'`"
+    return Problem(repo.source, message, f"`mediator merge` downloads it first; to check it now, {hint}")
 
 
 def read_far_header(file: Path, repo: HubRepo | None) -> Header:
