@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,10 @@ def test_validate_and_plan_say_it_and_merge_records_it(workshop: Any, mediator: 
     manifest = read_manifest(workshop.folder / "out")
     assert manifest.averaged_in_routed_units == ("model.layers.0.conv.conv.weight",)
     assert said in manifest.notices[-1]
+    sizes = {name: math.prod(tensor.shape) for name, tensor in manifest.tensors.items()}
+    read = json.loads(mediator("plan", "recipe.yaml", "--json").out)["read_bytes"]
+    share = 1 - sizes["model.layers.0.conv.conv.weight"] / sum(sizes.values())
+    assert read["extract experts"] == int(3 * share * read["average"])
 
 
 def test_merge_refuses_before_it_reads(workshop: Any, refused: Any) -> None:

@@ -33,7 +33,7 @@ def sparse_sizes(plan: Plan, *, overrides: bool = False) -> SparseSizes:
     """
     units = dict.fromkeys(plan.units, 0)
     for tensor in plan.tensors:
-        if tensor.average is not None and tensor.mixable:
+        if tensor.can_be_routed:
             units[tensor.unit] += _bytes_of(tensor, overrides) * len(plan.experts)
     return SparseSizes(units, (HEADER_BYTES + ALIGNMENT) * len(plan.experts))
 

@@ -141,10 +141,10 @@ def _reads(plan: Plan) -> dict[str, int]:
 
 def _routed_share(plan: Plan) -> tuple[float, float]:
     """Bound the share of all entries that can be routed."""
-    sizes = {unit: 0 for unit in plan.units}
+    sizes = dict.fromkeys(plan.units, 0)
     for tensor in plan.tensors:
-        sizes[tensor.unit] += tensor.size
-    total = max(1, sum(sizes.values()))
+        sizes[tensor.unit] += tensor.size if tensor.can_be_routed else 0
+    total = max(1, sum(tensor.size for tensor in plan.tensors))
     low, high = _routed_range(plan, sizes)
     return low / total, high / total
 

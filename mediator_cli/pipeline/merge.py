@@ -220,7 +220,7 @@ def _write_experts(
     budget: Budget,
     run: Settings,
 ) -> dict[str, dict[str, Kept]]:
-    routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.average is not None and t.mixable]
+    routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.can_be_routed]
     if not routed:
         return {}
     (folder / EXPERTS_FOLDER).mkdir()

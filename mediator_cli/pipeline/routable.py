@@ -41,7 +41,7 @@ def check_routing(plan: Plan) -> Plan:
 
 def _mark(plan: Plan, kinds: Mapping[str, str]) -> Plan:
     tensors = tuple(replace(tensor, mixable=tensor.name not in kinds) for tensor in plan.tensors)
-    able = {tensor.unit for tensor in tensors if tensor.mixable and tensor.average is not None}
+    able = {tensor.unit for tensor in tensors if tensor.can_be_routed}
     open_units = {*plan.candidates, *plan.listed}
     affected = {t.name: kinds[t.name] for t in tensors if not t.mixable and t.average is not None}
     affected = {t.name: affected[t.name] for t in tensors if t.name in affected and t.unit in open_units}

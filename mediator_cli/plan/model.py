@@ -60,7 +60,7 @@ class ResolvedExtract:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One output tensor; `average` is None where the base's bytes are copied (no float dtype).
+    """One output tensor; `average` is None where it is the base's as it is: kept, or of no float dtype.
 
     `weights` are the experts' merge coefficients on this tensor, in recipe order. Only `mixable` ones
     differ by input in a routed unit; the others are averaged there too.
@@ -75,6 +75,11 @@ class TensorPlan:
     extract: ResolvedExtract
     weights: tuple[float, ...]
     mixable: bool = True
+
+    @property
+    def can_be_routed(self) -> bool:
+        """Whether experts keep a delta of it where its unit is routed."""
+        return self.average is not None and self.mixable
 
 
 @dataclass(frozen=True)
