@@ -52,6 +52,8 @@ def _print(report: PlanReport) -> None:
         ("peak memory", f"about {human_bytes(report.peak_memory)} with {report.workers} workers"),
         ("free disk", f"{human_bytes(report.free_disk)} at {report.output}"),
     ]
+    if any(ends != (1.0, 1.0) for ends in report.weights.values()):
+        rows.insert(2, ("weights", "; ".join(f"{name} {_ends(*ends)}" for name, ends in report.weights.items())))
     print_table(("what", "value"), rows)
     print_table(
         ("method", "tensors#", "parameters"),
@@ -68,6 +70,10 @@ def _downloads(by_source: dict[str, int]) -> str:
     if not by_source:
         return "nothing"
     return f"{human_bytes(sum(by_source.values()))}: {_stages(by_source)}"
+
+
+def _ends(least: float, most: float) -> str:
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
 
 
 def _stages(read: dict[str, int]) -> str:

@@ -42,7 +42,8 @@ class MethodReport(BaseModel):
 class PlanReport(BaseModel):
     """The plan in numbers; sizes in bytes, `sparse_bytes` from the least to the most that the rule can route.
 
-    `download_bytes` is by source, and empty where all weights are on disk.
+    `download_bytes` is by source, and empty where all weights are on disk. `weights` are the least and the most merge
+    weight of each expert over the tensors that are merged.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,6 +62,7 @@ class PlanReport(BaseModel):
     workers: int
     free_disk: int
     methods: tuple[MethodReport, ...]
+    weights: dict[str, tuple[float, float]]
     differences: tuple[DifferenceReport, ...]
     notices: tuple[str, ...]
 
@@ -84,12 +86,18 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
         workers=budget.workers,
         free_disk=free_bytes(target),
         methods=tuple(MethodReport(**record.model_dump()) for record in method_records(plan)),
+        weights=_weights(plan),
         differences=tuple(
             DifferenceReport(setting=d.setting, winner=d.winner, value=d.value, others=dict(d.others))
             for d in plan.differences
         ),
         notices=plan.notices,
     )
+
+
+def _weights(plan: Plan) -> dict[str, tuple[float, float]]:
+    columns = zip(*(tensor.weights for tensor in plan.tensors if tensor.average is not None), strict=True)
+    return {expert.name: (min(column), max(column)) for expert, column in zip(plan.experts, columns, strict=False)}
 
 
 def _winners(plan: Plan) -> dict[str, str]:
