@@ -217,7 +217,7 @@ def test_the_other_schemas_name_what_a_bundle_holds(workshop, mediator, kind, fi
 
 def test_plan_tells_weights_that_are_not_all_one(answer, mediator, workshop):
     assert answer("plan", "recipe.yaml")["weights"] == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
-    assert "weights" not in mediator("plan", "recipe.yaml").out
+    assert "\n weights" not in mediator("plan", "recipe.yaml").out
     words = ("plan", "recipe.yaml", "--set", "experts[0].weight=[0.2, 1]")
     assert answer(*words)["weights"] == {"a": [0.2, 1.0], "b": [1.0, 1.0]}
     row = next(line for line in mediator(*words).out.splitlines() if line.startswith(" weights"))
