@@ -204,7 +204,10 @@ def serving() -> Iterator[LoopbackHub]:
     hub = LoopbackHub()
     kinds = [type("Handler", (_Handler,), {"hub": hub, "place": place}) for place in ("hub", "cdn")]
     servers = [_Server(("127.0.0.1", 0), kind) for kind in kinds]
-    hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    # Another name of the same machine, so that the CDN is another host, as it is for the real Hub.
+    hub.url, hub.cdn = (
+        f"http://{name}:{s.server_port}" for name, s in zip(("127.0.0.1", "localhost"), servers, strict=True)
+    )
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()
