@@ -76,3 +76,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = list(known)
     close = get_close_matches(word, names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def some_names(names: Iterable[str], shown: int = 3) -> str:
+    """Name the first few of many.
+
+    >>> some_names(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    known = list(names)
+    rest = f" and {len(known) - shown} more" if len(known) > shown else ""
+    return ", ".join(known[:shown]) + rest

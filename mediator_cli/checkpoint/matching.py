@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mediator_cli.checkpoint.layout import place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     Shapes = Mapping[str, tuple[int, ...]]
 
@@ -68,14 +68,3 @@ def _heads(theirs: str, ours: str) -> tuple[str, str]:
 
 def _with_prefix(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else ""
-
-
-def some_names(names: Iterable[str], shown: int = 3) -> str:
-    """Name the first few of many.
-
-    >>> some_names(["a", "b", "c", "d", "e"])
-    'a, b, c and 2 more'
-    """
-    known = list(names)
-    rest = f" and {len(known) - shown} more" if len(known) > shown else ""
-    return ", ".join(known[:shown]) + rest

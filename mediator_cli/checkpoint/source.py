@@ -14,12 +14,13 @@ from mediator_cli.checkpoint.hub.find import (
     ONLINE,
     Access,
     find_repo,
+    find_unseen,
     is_hub_id,
     missing_file,
     read_far_headers,
-    unseen_problem,
 )
 from mediator_cli.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
+from mediator_cli.checkpoint.vocabulary import TOKENIZER_FILES
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.hub.repo import HubRepo
 
 _SIDE_PATTERNS = (
-    "tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.spm", "*.tiktoken", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "modules.json", "config_sentence_transformers.json",
-    "sentence_*_config.json", "*_Pooling/config.json",
+    *TOKENIZER_FILES, "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
+    "*_Pooling/config.json",
 )  # fmt: skip
 _SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "README.md", "*.index.json")
 _NEVER = (".py", ".pyc", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite")
@@ -142,7 +142,7 @@ def _read_bins(folder: Path, weights: str, repo: HubRepo | None, config: Mapping
     """Find the tensors in files of torch.save, which must lie on disk; only here torch is needed to open a source."""
     from mediator_cli.checkpoint.torch_file import read_torch_file, without_second_names  # noqa: PLC0415
 
-    if repo is not None and (problem := unseen_problem(repo)):
+    if repo is not None and (problem := find_unseen(repo)):
         raise CheckpointError(problem)
     found = read_tensors(folder, lambda files: [Header(read_torch_file(file), {}, 0) for file in files], weights)
     return without_second_names(found, config)

@@ -28,10 +28,11 @@ EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PIECES = ("tokenizer.model", "spiece.model")
 _MODELS = (TOKENIZER_JSON, "vocab.json", "vocab.txt", *_PIECES, "sentencepiece.bpe.model")
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.spm", "*.tiktoken", SPECIAL_TOKENS, ADDED_TOKENS,
     "chat_template*", "*.jinja",
 )  # fmt: skip
+"""Patterns of the files that belong to a tokenizer and its chat templates."""
 _SAVE = "save the tokenizer as tokenizer.json: load it with AutoTokenizer and call save_pretrained"
 
 
@@ -104,7 +105,7 @@ class Vocabulary:
 
 def is_tokenizer_file(file: Path) -> bool:
     """Whether a file belongs to the tokenizer or its chat templates, and not to a processor or another part."""
-    return any(fnmatchcase(file.name, pattern) for pattern in _FILES)
+    return any(fnmatchcase(file.name, pattern) for pattern in TOKENIZER_FILES)
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -17,7 +17,8 @@ from mediator_cli.cli.options import (
     SetOption,
     WorkersOption,
 )
-from mediator_cli.cli.output import Told, human_bytes, print_json, print_table, say
+from mediator_cli.cli.output import Told, print_json, print_table, say
+from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import Manifest, RouterRecord

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.errors import OutputError, Problem
-from mediator_cli.recipe.sizes import human_bytes as human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.options import JsonOption, MemoryOption, OfflineOption, RecipeArgument, SetOption, WorkersOption
-from mediator_cli.cli.output import human_bytes, print_json, print_notices, print_table, say
+from mediator_cli.cli.output import print_json, print_notices, print_table, say
+from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from mediator_cli.pipeline.estimate import PlanReport

@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.output import human_bytes
+from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

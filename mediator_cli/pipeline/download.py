@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.hub.files import fetch_weights, partial_bytes
-from mediator_cli.checkpoint.hub.find import unseen_files, unseen_problem
-from mediator_cli.checkpoint.source import find_location, weight_files
+from mediator_cli.checkpoint.hub.find import UnseenWeights
+from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.checkpoint.write import write_error
 from mediator_cli.errors import MediatorError, OutputError, Problem
 from mediator_cli.pipeline.progress import counter
@@ -19,7 +18,7 @@ from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from mediator_cli.checkpoint.header import TensorInfo
@@ -78,20 +77,12 @@ def plan_with_unseen(loaded: LoadedRecipe, access: Access, progress: Progress) -
     try:
         return make_plan(loaded, access)
     except MediatorError as error:
-        repos = [] if access.offline else list(_repos(loaded, access))
-        known = {problem.message for repo in repos if (problem := unseen_problem(repo))}
-        if not {problem.message for problem in error.problems} <= known:
+        unseen = [problem for problem in error.problems if isinstance(problem, UnseenWeights)]
+        if len(unseen) < len(error.problems):
             raise
-    download(tuple(FarFile(repo, name) for repo in repos for name in unseen_files(repo)), progress)
+    files = (FarFile(item.repo, name) for item in unseen if item.repo is not None for name in item.names)
+    download(tuple(dict.fromkeys(files)), progress)
     return make_plan(loaded, access)
-
-
-def _repos(loaded: LoadedRecipe, access: Access) -> Iterator[HubRepo]:
-    for source in dict.fromkeys([loaded.recipe.base, *(expert.model for expert in loaded.recipe.experts)]):
-        with suppress(MediatorError):
-            location = find_location(source, loaded.resolve(source), access)
-            if location.repo is not None:
-                yield location.repo
 
 
 def download(files: tuple[FarFile, ...], progress: Progress, target: Path | None = None, reserved: int = 0) -> None:

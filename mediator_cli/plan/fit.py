@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from mediator_cli.checkpoint.fused import find_singles, fuse, fused_shape, is_fused, other_modules, split
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
 from mediator_cli.checkpoint.layout import place_of
-from mediator_cli.checkpoint.matching import match_names, some_names
+from mediator_cli.checkpoint.matching import match_names
 from mediator_cli.checkpoint.spans import Part, Span
-from mediator_cli.errors import Problem
+from mediator_cli.errors import Problem, some_names
 from mediator_cli.plan.tokens.tensors import token_embeddings, vocabulary_tensors
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.layout import place_of
-from mediator_cli.checkpoint.matching import some_names
-from mediator_cli.errors import Problem
+from mediator_cli.errors import Problem, some_names
 from mediator_cli.plan.tokens.tensors import token_embeddings, vocabulary_tensors
 
 if TYPE_CHECKING:

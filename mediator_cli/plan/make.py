@@ -18,7 +18,7 @@ from mediator_cli.checkpoint.vocabulary import is_tokenizer_file
 from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_mean
 from mediator_cli.plan.differences import find_differences
 from mediator_cli.plan.keep import check_kept, find_kept
-from mediator_cli.plan.model import Plan, TensorPlan, TokenSettings
+from mediator_cli.plan.model import Plan, TensorPlan
 from mediator_cli.plan.overrides import check_methods, check_overrides, resolve_settings
 from mediator_cli.plan.router import check_router, check_router_base, resolve_router
 from mediator_cli.plan.sources import check_experts_alone, open_base, open_experts
@@ -66,7 +66,7 @@ def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
         ) from None
     if problems:
         raise RecipeError(loaded.ordered(problems))
-    return _with_vocabulary(_assemble(loaded, base, tuple(experts), methods, settings, kept), vocabulary)
+    return _assemble(loaded, base, tuple(experts), methods, settings, kept, vocabulary)
 
 
 def _check_experts(loaded: LoadedRecipe, methods: Sequence[GradedMethod]) -> Iterator[Problem]:
@@ -100,23 +100,11 @@ def _check_tokenizer(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[E
 
 def tokenizer_folder(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[ExpertSource]) -> Path | None:
     """Find the folder whose tokenizer, chat template and generation config win; None if that expert did not open."""
-    folders = {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
-    return folders.get(loaded.recipe.tokenizer_of)
+    return _folders(base, experts).get(loaded.recipe.tokenizer_of)
 
 
-def _with_vocabulary(plan: Plan, vocabulary: VocabularyPlan) -> Plan:
-    """Give the plan the output's tokens: rows, where they come from, and the settings that name them."""
-    settings = find_token_settings(plan.base, plan.tokenizer_folder, vocabulary)
-    folders = {"base": plan.base.path, **{expert.name: expert.source.path for expert in plan.experts}}
-    return replace(
-        plan,
-        tensors=tuple(_with_rows(tensor, vocabulary.rows.get(tensor.name)) for tensor in plan.tensors),
-        settings=settings,
-        vocabulary=vocabulary.layouts,
-        union=vocabulary.union,
-        differences=tuple(find_differences(folders, plan.loaded.recipe, settings)),
-        notices=(*vocabulary.notices, *settings.notices, *plan.notices),
-    )
+def _folders(base: Checkpoint, experts: Sequence[ExpertSource]) -> dict[str, Path]:
+    return {"base": base.path, **{expert.name: expert.source.path for expert in experts}}
 
 
 def _with_rows(tensor: TensorPlan, rows: int | None) -> TensorPlan:
@@ -131,10 +119,13 @@ def _assemble(
     methods: list[GradedMethod],
     settings: Mapping[str, TensorSettings],
     kept: Kept,
+    vocabulary: VocabularyPlan,
 ) -> Plan:
     planned = (_tensor_plan(loaded, base, name, settings[name]) for name in sorted(base.tensors, key=natural_key))
-    tensors = tuple(replace(tensor, average=None) if tensor.name in kept.names else tensor for tensor in planned)
+    resized = (_with_rows(tensor, vocabulary.rows.get(tensor.name)) for tensor in planned)
+    tensors = tuple(replace(tensor, average=None) if tensor.name in kept.names else tensor for tensor in resized)
     folder = tokenizer_folder(loaded, base, experts) or base.path
+    tokens = find_token_settings(base, folder, vocabulary)
     units = tuple(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
     patterns = loaded.recipe.assign.units or ()
     router, notices = resolve_router(loaded)
@@ -146,10 +137,18 @@ def _assemble(
         candidates=tuple(unit for unit in units if _is_candidate(loaded, unit)),
         listed=tuple(unit for unit in units if any(fnmatchcase(unit, pattern) for pattern in patterns)),
         tokenizer_folder=folder,
-        settings=TokenSettings(base.config, None),
-        differences=(),
-        notices=(*kept.notices, *_notices(loaded, base, experts, methods), *notices),
+        settings=tokens,
+        differences=tuple(find_differences(_folders(base, experts), loaded.recipe, tokens)),
+        notices=(
+            *vocabulary.notices,
+            *tokens.notices,
+            *kept.notices,
+            *_notices(loaded, base, experts, methods),
+            *notices,
+        ),
         router=router,
+        vocabulary=vocabulary.layouts,
+        union=vocabulary.union,
     )
 
 

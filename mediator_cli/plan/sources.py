@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.adapter.open import Adapter, open_adapter
@@ -75,4 +76,4 @@ def _open_expert(loaded: LoadedRecipe, spec: ExpertSpec, base: Checkpoint, acces
 
 
 def _at(place: str, error: CheckpointError) -> list[Problem]:
-    return [Problem(f"{place}: {item.place}", item.message, item.hint) for item in error.problems]
+    return [replace(item, place=f"{place}: {item.place}") for item in error.problems]

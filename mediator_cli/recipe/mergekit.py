@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
-from mediator_cli.recipe.schema import RESERVED_NAMES
+from mediator_cli.recipe.names import unique_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,14 +191,8 @@ def _names(paths: Sequence[str]) -> list[str]:
     >>> _names(["org/My.Model@v1", "./a", "b/a"])
     ['My-Model', 'a', 'a-2']
     """
-    names: list[str] = []
-    for path in paths:
-        last = path.rstrip("/").rsplit("/", 1)[-1].split("@")[0]
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_")[:56] or "expert"
-        taken = {name.lower() for name in names} | set(RESERVED_NAMES)
-        tries = (plain if n == 1 else f"{plain}-{n}" for n in range(1, len(paths) + len(RESERVED_NAMES) + 2))
-        names.append(next(name for name in tries if name.lower() not in taken))
-    return names
+    last = (path.rstrip("/").rsplit("/", 1)[-1].split("@")[0] for path in paths)
+    return unique_names([re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")[:56] or "expert" for name in last])
 
 
 def _settings(value: Any, at: FieldPath) -> list[_Setting]:  # noqa: ANN401 - YAML data

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mediator_cli.checkpoint.adapter.changes import Rows
-from mediator_cli.checkpoint.matching import some_names
-from mediator_cli.errors import Problem
+from mediator_cli.errors import Problem, some_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -88,7 +87,10 @@ def find_pairs(parts: Parts, config: AdapterConfig, base: Iterable[str]) -> tupl
             continue
         for depth, (tensor, key) in enumerate(names):
             pair = _pair(module, tensor, key, layers[depth], config)
-            (faults if isinstance(pair, Fault) else pairs).append(pair)  # type: ignore[arg-type]
+            if isinstance(pair, Fault):
+                faults.append(pair)
+            else:
+                pairs.append(pair)
     return pairs, faults
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from mediator_cli.checkpoint.hub.find import has_file, read_far_header, unseen_problem
+from mediator_cli.checkpoint.hub.find import find_unseen, has_file, read_far_header
 from mediator_cli.checkpoint.hub.repo import HubRepo
 from mediator_cli.errors import CheckpointError, Problem
 
@@ -83,7 +83,7 @@ def _open(folder: Path, repo: HubRepo | None) -> tuple[Path, Iterable[TensorInfo
         from mediator_cli.checkpoint.torch_file import read_torch_file  # noqa: PLC0415 - it needs torch
 
         return pickled, read_torch_file(pickled)
-    if repo is not None and (problem := unseen_problem(repo)):
+    if repo is not None and (problem := find_unseen(repo)):
         raise CheckpointError(problem)
     place, hint = repo.source if repo else str(folder), "save the adapter with PEFT's save_pretrained"
     raise CheckpointError(Problem(place, f"holds no {file.name}", hint))

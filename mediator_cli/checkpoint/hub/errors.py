@@ -15,14 +15,20 @@ _LOGIN = "`hf auth login`, or set HF_TOKEN"
 _RETRY = "try again; with --offline only what is in the cache is used"
 
 
+def http_error() -> type[Exception]:
+    """Give the base of all errors of httpx, on whichever of its versions huggingface_hub is built."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # re-exported without saying so
+
+    error: type[Exception] = HTTPError
+    return error
+
+
 @contextmanager
 def hub_errors(source: str, what: str = "") -> Iterator[None]:
     """Turn failures of huggingface_hub inside the block into a CheckpointError about `source` and its file `what`."""
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, whichever it is built on
-
     try:
         yield
-    except (HTTPError, OSError, ValueError) as error:
+    except (http_error(), OSError, ValueError) as error:
         raise explain(error, source, what) from None
 
 
@@ -64,9 +70,9 @@ def _is_missing(error: Exception) -> bool:
 
 
 def _is_transport(error: Exception) -> bool:
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    return isinstance(error, HTTPError | ConnectionError | TimeoutError | OfflineModeIsEnabled)
+    return isinstance(error, (http_error(), ConnectionError, TimeoutError, OfflineModeIsEnabled))
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from mediator_cli.checkpoint.hub.errors import hub_errors, retry_after, status_of
+from mediator_cli.checkpoint.hub.errors import http_error, hub_errors, retry_after, status_of
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -47,19 +47,12 @@ def copy_range(repo: HubRepo, name: str, start: int, stop: int, write: Callable[
                 for chunk in _chunks(repo, name, start, min(stop, start + _PIECE)):
                     write(chunk)
                     start += len(chunk)
-            except _http_error() as error:
+            except http_error() as error:
                 failure = error
             if start > before:
                 waits = iter(WAITS)
             if failure is not None or start == before:
                 _wait(repo, name, failure, next(waits, None))
-
-
-def _http_error() -> type[Exception]:
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, whichever it is built on
-
-    error: type[Exception] = HTTPError
-    return error
 
 
 def _wait(repo: HubRepo, name: str, failure: Exception | None, seconds: float | None) -> None:

@@ -151,22 +151,26 @@ def has_file(folder: Path, name: str, repo: HubRepo | None) -> bool:
     return (folder / name).is_file() or (repo is not None and name in repo.sizes)
 
 
-def unseen_files(repo: HubRepo) -> tuple[str, ...]:
-    """List the weight files of a repository that can't be looked at before they are fetched, and are not yet."""
-    if any(name.endswith(".safetensors") for name in repo.sizes):
-        return ()
-    found = [name for name in repo.sizes if fnmatchcase(name, "pytorch_model*.bin") or name == "adapter_model.bin"]
-    return tuple(name for name in found if not (repo.folder / name).is_file())
+@dataclass(frozen=True)
+class UnseenWeights(Problem):
+    """Files of a repository that can't be looked at before they are fetched; once they are there, nothing is wrong."""
+
+    repo: HubRepo | None = None
+    names: tuple[str, ...] = ()
 
 
-def unseen_problem(repo: HubRepo) -> Problem | None:
+def find_unseen(repo: HubRepo) -> UnseenWeights | None:
     """Say that a repository's weights can't be checked before they are fetched; None where they are there."""
-    names = unseen_files(repo)
+    if any(name.endswith(".safetensors") for name in repo.sizes):
+        return None
+    found = [name for name in repo.sizes if fnmatchcase(name, "pytorch_model*.bin") or name == "adapter_model.bin"]
+    names = tuple(name for name in found if not (repo.folder / name).is_file())
     if not names:
         return None
     message = f"holds no safetensors; the tensors of {names[0]} cannot be checked before it is downloaded"
     hint = f"`hf download {repo.repo_id} --revision {repo.commit} --include '*_model*.bin'`"
-    return Problem(repo.source, message, f"`mediator merge` downloads it first; to check it now, {hint}")
+    hint = f"`mediator merge` downloads it first; to check it now, {hint}"
+    return UnseenWeights(repo.source, message, hint, repo, names)
 
 
 def read_far_header(file: Path, repo: HubRepo | None) -> Header:

@@ -6,13 +6,13 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
+from mediator_cli.recipe.names import LONGEST, unique_names
 from mediator_cli.recipe.schema import RESERVED_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import PurePath
 
-_LONGEST = 64
 _SAYS_LITTLE = re.compile(r"(checkpoint-\d+|final|latest|best|model|merged|adapter|lora|output)", re.IGNORECASE)
 
 
@@ -33,7 +33,7 @@ def expert_names(base: PurePath, sources: Sequence[PurePath]) -> tuple[str, ...]
             depth + (lowered.count(name) > 1 or name in RESERVED_NAMES)
             for depth, name in zip(depths, lowered, strict=True)
         ]
-    return tuple(_numbered(names))
+    return tuple(unique_names(names))
 
 
 def _name(base: PurePath, source: PurePath, depth: int) -> str:
@@ -57,16 +57,4 @@ def _n_shared(ours: Sequence[str], theirs: Sequence[str]) -> int:
 
 def _legal(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub("[^A-Za-z0-9_]+", "-", plain).strip("-_")[:_LONGEST].rstrip("-_") or "expert"
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    """Add a number to what is taken or reserved still."""
-    taken = {*RESERVED_NAMES}
-    unique = []
-    for name in names:
-        tries = (name, *(f"{name[: _LONGEST - 4]}-{n}" for n in range(2, len(names) + 3)))
-        chosen = next(one for one in tries if one.lower() not in taken)
-        taken.add(chosen.lower())
-        unique.append(chosen)
-    return unique
+    return re.sub("[^A-Za-z0-9_]+", "-", plain).strip("-_")[:LONGEST].rstrip("-_") or "expert"

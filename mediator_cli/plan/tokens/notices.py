@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mediator_cli.errors import some_names
 from mediator_cli.plan.tokens.sources import label_of
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ def name_tokens(texts: Iterable[str]) -> str:
     '2 tokens (<a>, <b>)'
     """
     known = list(texts)
-    rest = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
     count = "1 token" if len(known) == 1 else f"{len(known)} tokens"
-    return f"{count} ({', '.join(known[:_SHOWN])}{rest})"
+    return f"{count} ({some_names(known, _SHOWN)})"
 
 
 def token_notices(output: TokenOutput, sources: Sequence[TokenSource]) -> Iterator[str]:
