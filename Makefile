@@ -62,8 +62,8 @@ docs: install ## write the generated parts of the docs anew
 docs-check: install ## fail if a generated part of the docs is out of date
 	$(BIN)/python scripts/docs.py --check
 
-bench: install ## time and peak memory of merging four 0.5B checkpoints
-	$(BIN)/python scripts/bench_merge.py
+bench: install ## time, memory and bytes of merging four 0.5B checkpoints; ARGS=--peers for mergekit beside it
+	$(BIN)/python scripts/bench_peers.py $(ARGS)
 
 bench-runtime: install ## time and memory of a bundle that answers, against its dense expert
 	$(BIN)/python scripts/bench_runtime.py

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mediator_cli.pipeline.estimate import describe_plan
-from mediator_cli.pipeline.merge import Settings
+from mediator_cli.pipeline.settings import Settings
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
 from mediator_cli.recipe.sizes import human_bytes

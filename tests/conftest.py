@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ hypothesis_settings.register_profile(
     "mediator", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 hypothesis_settings.load_profile("mediator")
+
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what the package notes between runs out of the user's folder, and out of a test's own."""
+    os.environ["MEDIATOR_CACHE"] = str(tmp_path_factory.mktemp("notes"))
+
 
 HIDDEN, INNER, VOCAB, LAYERS = 8, 12, 20, 3
 CONFIG = {

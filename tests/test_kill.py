@@ -1,85 +1,160 @@
-"""A merge that is killed: no bundle appears, an old one stays, and the next merge is as if nothing had happened."""
+"""A merge that is killed, at any moment: `--resume` ends with the same bytes; an old bundle stays until the new stands."""
 
-import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import all_files
+from crashes import run_forked
 
-from mediator_cli import read_bundle, verify_bundle
+from mediator_cli import verify_bundle
+from mediator_cli.engine import batches
 
-KILLED = """
-import os, signal, sys
-from importlib import import_module
-owner = {module!r}.split(":")
-module = import_module(owner[0])
-module = getattr(module, owner[1]) if owner[1:] else module
-real, calls = getattr(module, {name!r}), []
-
-def deadly(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == {n}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-
-setattr(module, {name!r}, deadly)
-from mediator_cli.cli.app import main
-sys.argv = ["mediator", "merge", "recipe.yaml", "-o", "out", *{more!r}]
-main()
-"""
-ALL = {"assign": {"rule": "all"}, "extract": {"density": 0.5}}
-POINTS = {
-    "between two tensors": ("os", "pwrite", 12),
-    "before the manifest": ("mediator_cli.pipeline.merge", "make_manifest", 1),
-    "before the rename": ("mediator_cli.engine.publish", "_swap", 1),
+SHARDS = {"output": {"shard_size": "1500B"}}
+CASES = {
+    "static ties": {"assign": {"rule": "none"}, "average": {"method": "ties", "density": 0.3}},
+    "routed, several shards": {
+        "assign": {"rule": "all"},
+        "average": {"method": "dare_ties", "density": 0.5},
+        "extract": {"density": 0.3, "values": "int8"},
+        **SHARDS,
+    },
+    "over the model": {"assign": {"rule": "all"}, "extract": {"density": 0.2, "over": "model"}, **SHARDS},
+    "conflict measured": {"extract": {"density": 1, "values": "bf16"}},
 }
+MERGE = ("merge", "recipe.yaml", "-o", "out")
 
 
-def kill_merge(workshop, point, *more):
-    module, name, n = point
-    program = KILLED.format(module=module, name=name, n=n, more=more)
-    run = subprocess.run([sys.executable, "-c", program], cwd=workshop.folder, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch, tmp_path):
+    """Many batches, and no digests that other tests noted."""
+    monkeypatch.setattr(batches, "_ROW_ELEMENTS", 800)
+    monkeypatch.setenv("MEDIATOR_CACHE", str(tmp_path / ".cache"))
 
 
-def bundle_bytes(folder):
-    """The bytes of a bundle but for the recipe's file name, which its manifest notes."""
-    return {name: data for name, data in all_files(folder).items() if name != "routing_manifest.json"}
+def forget(workshop):
+    shutil.rmtree(workshop.folder / ".cache", ignore_errors=True)
 
 
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
-def test_a_killed_merge_leaves_no_bundle_and_the_next_one_is_the_same(workshop, mediator, point):
-    expected = read_bundle(workshop.merge("undisturbed", **ALL)).manifest.digest
-    workshop.recipe(**ALL)
-    kill_merge(workshop, point)
-    assert not (workshop.folder / "out").exists()
-    run = mediator("merge", "recipe.yaml", "-o", "out", "--json")
-    assert json.loads(run.out)["digest"] == expected
-    assert verify_bundle(workshop.folder / "out").problems == ()
-    assert verify_bundle(workshop.folder / "out").unknown == ()
+def undisturbed(workshop, words=MERGE):
+    """Merge once; give the bundle's files, and how many calls it took to write them."""
+    run = run_forked(workshop.folder, words)
+    assert run.code == 0, run.err
+    files = all_files(workshop.folder / "out")
+    shutil.rmtree(workshop.folder / "out")
+    forget(workshop)
+    return files, run.n_calls
+
+
+def go_on(workshop, words, files):
+    """Resume, if the killed one had not finished, and expect the undisturbed bundle and nothing beside it."""
+    out = workshop.folder / "out"
+    if not (out.exists() and all_files(out) == files):
+        run = run_forked(workshop.folder, (*words, "--resume"))
+        assert run.code == 0, run.err
+    assert all_files(out) == files
+
+
+def kill_and_go_on(workshop, words, files, number, old=None):
+    """Kill before one call; old or new bundle is whole at that moment; then resume."""
+    run = run_forked(workshop.folder, words, number)
+    assert run.code == -signal.SIGKILL, run.err
+    out, aside = workshop.folder / "out", workshop.folder / ".out.old"
+    standing = out if out.exists() else aside
+    if old is None:
+        assert not out.exists() or all_files(out) == files
+    elif standing.exists():
+        assert all_files(standing) in (old, files) or all_files(out) == files
+    else:
+        pytest.fail("neither the old bundle nor the new one is there")
+    go_on(workshop, words, files)
+
+
+def clear(workshop):
+    for path in [*workshop.folder.glob(".out*"), workshop.folder / "out"]:
+        shutil.rmtree(path, ignore_errors=True)
+    forget(workshop)
+
+
+def moments(n_calls, n, seed):
+    """Choose calls at random, the first and the last among them."""
+    chosen = random.Random(seed).sample(range(2, n_calls), min(n, n_calls - 1) - 2)
+    return [1, *sorted(chosen), n_calls]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_merge_goes_on_to_the_same_bytes(workshop, case):
+    workshop.recipe(**CASES[case])
+    files, n_calls = undisturbed(workshop)
+    for number in moments(n_calls, 5, case):
+        kill_and_go_on(workshop, MERGE, files, number)
+        assert verify_bundle(workshop.folder / "out").problems == ()
+        clear(workshop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_that_is_killed_at_many_moments_goes_on_to_the_same_bytes(workshop, case):
+    workshop.recipe(**CASES[case])
+    files, n_calls = undisturbed(workshop)
+    for number in moments(n_calls, 25, f"{case} again"):
+        kill_and_go_on(workshop, MERGE, files, number)
+        clear(workshop)
+
+
+def test_a_merge_that_is_killed_again_and_again_goes_on_to_the_same_bytes(workshop):
+    workshop.recipe(**CASES["over the model"])
+    files, n_calls = undisturbed(workshop)
+    for n_kills in range(200):
+        number = random.Random(n_kills).randint(n_calls // 6, n_calls // 3)
+        run = run_forked(workshop.folder, (*MERGE, "--resume"), number)
+        if run.code == 0:
+            break
+        assert run.code == -signal.SIGKILL, run.err
+    assert n_kills >= 3
+    assert all_files(workshop.folder / "out") == files
+
+
+def test_a_killed_merge_is_not_thrown_away_unasked(workshop):
+    workshop.recipe(**CASES["routed, several shards"])
+    files, n_calls = undisturbed(workshop)
+    assert run_forked(workshop.folder, MERGE, n_calls // 2).code == -signal.SIGKILL
+    before = all_files(workshop.folder)
+    run = run_forked(workshop.folder, MERGE)
+    assert run.code == 2
+    assert "an interrupted merge into this folder can go on" in run.err
+    assert "give --resume, or --overwrite to throw its work away" in run.err
+    assert all_files(workshop.folder) == before
+    assert run_forked(workshop.folder, (*MERGE, "--overwrite")).code == 0
+    assert all_files(workshop.folder / "out") == files
     assert not list(workshop.folder.glob(".out*"))
 
 
-@pytest.mark.parametrize("point", list(POINTS.values())[1:], ids=list(POINTS)[1:])
-def test_a_kill_while_overwriting_keeps_the_old_bundle_byte_for_byte(workshop, mediator, point):
-    before = all_files(workshop.merge("out"))
-    workshop.recipe(**ALL)
-    kill_merge(workshop, point, "--overwrite")
-    assert all_files(workshop.folder / "out") == before
-    assert mediator("merge", "recipe.yaml", "-o", "out", "--overwrite").code == 0
-    assert bundle_bytes(workshop.folder / "out") == bundle_bytes(workshop.merge("fresh", **ALL)) | {
-        "README.md": (workshop.folder / "out" / "README.md").read_bytes()
-    }
+@pytest.mark.parametrize("n_moments", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_kill_while_overwriting_keeps_the_old_bundle_until_the_new_one_stands(workshop, n_moments):
+    old = all_files(workshop.merge("out"))
+    kept = shutil.copytree(workshop.folder / "out", workshop.folder.parent / "kept")
+    workshop.recipe(**CASES["routed, several shards"])
+    words = (*MERGE, "--overwrite")
+    files, n_calls = undisturbed(workshop, words)
+    for number in moments(n_calls, n_moments, "overwrite"):
+        shutil.copytree(kept, workshop.folder / "out")
+        kill_and_go_on(workshop, words, files, number, old)
+        clear(workshop)
 
 
-def test_a_kill_between_the_two_renames_keeps_the_old_bundle_aside(workshop, mediator):
-    before = all_files(workshop.merge("out"))
-    workshop.recipe(**ALL)
-    kill_merge(workshop, ("pathlib:Path", "rename", 2), "--overwrite")
-    assert all_files(workshop.folder / ".out.old") == before
-    assert mediator("merge", "recipe.yaml", "-o", "out", "--overwrite").code == 0
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_at_the_renames_loses_neither_bundle(workshop, number):
+    old = all_files(workshop.merge("out"))
+    workshop.recipe(**CASES["routed, several shards"])
+    run = run_forked(workshop.folder, (*MERGE, "--overwrite"), number, names=["rename"])
+    assert run.code == -signal.SIGKILL
+    assert all_files(workshop.folder / (".out.old" if number == 2 else "out")) == old
+    assert run_forked(workshop.folder, (*MERGE, "--overwrite")).code == 0
     assert verify_bundle(workshop.folder / "out").problems == ()
     assert not list(workshop.folder.glob(".out*"))
 
@@ -91,13 +166,47 @@ def test_a_merge_that_fails_after_a_kill_between_the_renames_gives_the_old_bundl
     run = mediator("merge", "recipe.yaml", "-o", "out", "--overwrite")
     assert run.code == 2
     assert all_files(workshop.folder / "out") == before
-    assert not list(workshop.folder.glob(".out*"))
+    assert not (workshop.folder / ".out.old").exists()
 
 
 def test_a_merge_without_overwrite_gives_the_old_bundle_back_and_refuses(workshop, mediator):
     before = all_files(workshop.merge("out"))
     (workshop.folder / "out").rename(workshop.folder / ".out.old")
-    workshop.recipe(**ALL)
+    workshop.recipe(**CASES["static ties"])
     run = mediator("merge", "recipe.yaml", "-o", "out")
     assert (run.code, "or give --overwrite" in run.err) == (2, True)
     assert all_files(workshop.folder / "out") == before
+
+
+PROGRAM = """
+import sys
+from mediator_cli.cli.app import main
+from mediator_cli.engine import batches
+batches._ROW_ELEMENTS = 800
+print("begins", flush=True)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_killed_from_outside_at_any_time_goes_on_to_the_same_bytes(workshop, case):
+    workshop.recipe(**CASES[case])
+    files, _ = undisturbed(workshop)
+
+    def start(*more):
+        words = [sys.executable, "-c", PROGRAM, *MERGE, "-q", *more]
+        run = subprocess.Popen(words, cwd=workshop.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        run.stdout.readline()
+        return run
+
+    began = time.monotonic()
+    assert start().wait() == 0
+    length = time.monotonic() - began
+    for number in range(5):
+        clear(workshop)
+        run = start()
+        time.sleep(length * random.Random(f"{case}{number}").random())
+        run.kill()
+        run.communicate()
+        go_on(workshop, MERGE, files)

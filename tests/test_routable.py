@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,20 @@ from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 from mediator_cli import load_recipe, make_plan, merge, open_bundle
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.errors import RecipeError
+from mediator_cli.pipeline import routable
 from mediator_cli.pipeline.routable import check_routing
 from mediator_cli.plan.model import Plan
 from mediator_cli.runtime.features import FeatureSpec, prompt_features
 
 ALL = {"assign": {"rule": "all"}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give every test an empty cache, outside the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MEDIATOR_CACHE", str(folder))
+    return folder
 
 
 def checked(family: Family, **fields: Any) -> Plan:
@@ -189,3 +200,94 @@ def test_validate_and_plan_say_it_and_merge_records_it(workshop: Any, mediator: 
 def test_merge_refuses_before_it_reads(workshop: Any, refused: Any) -> None:
     write_family(workshop.folder, "t5").recipe(**ALL)
     refused("recipe.yaml:1 assign.rule", "t5 is not one that transformers can build", "rule: none")
+
+
+def forget_how_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: object, tensors: object) -> None:
+        pytest.fail("the model was built again")
+
+    monkeypatch.setattr(routable, "_ask_model", fail)
+
+
+def test_what_a_model_said_is_noted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = write_family(tmp_path, "mixtral")
+    first = checked(family, **ALL)
+    assert len(list((cache / "mixable").iterdir())) == 1
+    forget_how_to_ask(monkeypatch)
+    second = checked(family, **ALL)
+    assert (second.tensors, second.candidates, second.notices) == (first.tensors, first.candidates, first.notices)
+
+
+def test_that_a_parameter_is_missing_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = write_family(tmp_path, "llama")
+    for name in ("base", *EXPERTS):
+        edit_tensors(tmp_path / name / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
+    first = refusal(family)
+    forget_how_to_ask(monkeypatch)
+    assert refusal(family) == first
+
+
+def test_a_refusal_is_not_noted(tmp_path: Path, cache: Path) -> None:
+    refusal(write_family(tmp_path, "bert"))
+    assert not list(cache.rglob("*"))
+
+
+def test_each_config_shape_and_version_has_its_own_note(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count() -> int:
+        return len(list((cache / "mixable").iterdir()))
+
+    family = write_family(tmp_path, "llama")
+    checked(family, **ALL)
+    for name in ("base", *EXPERTS):
+        edit_json(tmp_path / name / "config.json", rope_theta=5e5)
+    checked(family, **ALL)
+    assert count() == 2
+    for name in ("base", *EXPERTS):
+        edit_tensors(tmp_path / name / "model.safetensors", lambda t: t.update(extra=torch.zeros(2)))
+    assert "extra" in {tensor.name for tensor in checked(family, **ALL).tensors if not tensor.mixable}
+    assert count() == 3
+    monkeypatch.setattr(routable, "version", lambda package: f"{package} of tomorrow")
+    checked(family, **ALL)
+    assert count() == 4
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"kinds": {"a": 1}, "missing": []}', '{"kinds": {}}', "\x00\xff"])
+def test_a_damaged_note_is_ignored_and_mended(text: str, tmp_path: Path, cache: Path) -> None:
+    family = write_family(tmp_path, "mamba")
+    first = checked(family, **ALL)
+    (note,) = (cache / "mixable").iterdir()
+    whole = note.read_text()
+    note.write_bytes(text.encode("latin-1"))
+    assert checked(family, **ALL).tensors == first.tensors
+    assert note.read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "file").write_text("")
+    monkeypatch.setenv("MEDIATOR_CACHE", str(cache / "file"))
+    family = write_family(tmp_path, "llama")
+    assert checked(family, **ALL).tensors == checked(family, **ALL).tensors
+    assert (cache / "file").read_text() == ""
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from mediator_cli import load_recipe, make_plan
+from mediator_cli.pipeline.routable import check_routing
+plan = check_routing(make_plan(load_recipe(Path(sys.argv[1]))))
+print(plan.notices[-1])
+print(*[name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_a_noted_answer_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    family = write_family(tmp_path, "mixtral")
+    plan = checked(family, **ALL)
+    recipe = family.recipe(**ALL)
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(recipe)], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [plan.notices[-1], ""]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mediator_cli.bundle.manifest import RouterRecord
 
 CARD = "README.md"
 
@@ -20,3 +24,23 @@ def with_block(card: str, name: str, text: str) -> str:
     if pattern.search(card):
         return pattern.sub(lambda _: block, card, count=1)
     return f"{card.rstrip()}\n\n{block}\n"
+
+
+def router_card(record: RouterRecord) -> str:
+    """Tell of a router in the model card: what it reads, how often it is right, what it confuses."""
+    report = record.report
+    rows = [
+        f"| {expert} | " + " | ".join(str(count) for count in counts) + " |"
+        for expert, counts in zip(record.experts, report.confusion, strict=True)
+    ]
+    return "\n".join([
+        "## Router",
+        "",
+        f"For each prompt a router mixes the experts: {record.classifier} on {record.features}, policy "
+        f"{record.policy.rule}. Of {report.n_held_out} held-out prompts it takes {report.accuracy:.1%} for what they "
+        f"are; calibration error {report.calibration_error:.3f}.",
+        "",
+        "| prompts of | " + " | ".join(f"taken for {expert}" for expert in record.experts) + " |",
+        "|---|" + "---|" * len(record.experts),
+        *rows,
+    ])  # fmt: skip

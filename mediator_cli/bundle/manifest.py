@@ -1,4 +1,4 @@
-"""The routing manifest and the conflict report: what a bundle says of itself. No torch here."""
+"""The routing manifest and the conflict report: what a bundle says of itself. Neither torch nor numpy here."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from mediator_cli.bundle.checksum import sha256
 from mediator_cli.checkpoint.header import check_plain_name, read_json
 from mediator_cli.errors import BundleError, CheckpointError, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 MANIFEST = "routing_manifest.json"
 CONFLICTS = "conflicts.json"
 EXPERTS_FOLDER = "experts"
 ROUTER = "router.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -36,6 +38,28 @@ class FileRecord(Record):
     sha256: str
 
 
+class WeightFile(Record):
+    """A file of weights, its size in bytes and its digest: XXH3-128 over its header and tensors; see README.md."""
+
+    name: Annotated[str, Field(description="Path relative to its folder, with forward slashes.")]
+    bytes: Annotated[int, Field(ge=0)]
+    xxh3: str
+
+
+class SourceFile(Record):
+    """A weight file of a source: SHA-256 where the Hub says it, the digest of a weight file where all was read."""
+
+    name: Annotated[str, Field(description="Path relative to its folder, with forward slashes.")]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str | None = None
+    xxh3: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """The digest that is known; SHA-256 if both are."""
+        return self.sha256 or self.xxh3 or ""
+
+
 class SourceRecord(Record):
     """Where base or expert came from: the path as the recipe has it, and the weight files read."""
 
@@ -47,7 +71,7 @@ class SourceRecord(Record):
         Field(description="Merge coefficient, or its anchors over the layers, before overrides; null for the base."),
     ]
     license: str | None
-    files: tuple[FileRecord, ...]
+    files: tuple[SourceFile, ...]
     prompts: FileRecord | None = None
     revision: Annotated[str | None, Field(description="Commit of a repository on the Hub; null for a folder.")] = None
 
@@ -70,12 +94,12 @@ class MethodRecord(Record):
 
 
 class TensorRecord(Record):
-    """A dense tensor: its file, dtype, shape, and the SHA-256 of its bytes."""
+    """A dense tensor: its file, dtype, shape, and digest; see README.md."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    xxh3: str
 
 
 class SparseUnitRecord(Record):
@@ -87,10 +111,11 @@ class SparseUnitRecord(Record):
 
 
 class SparseRecord(Record):
-    """The file of one sparse expert and what it keeps."""
+    """The files of one sparse expert and what it keeps."""
 
     expert: str
-    file: FileRecord
+    files: Annotated[tuple[WeightFile, ...], Field(min_length=1)]
+    tensors: Annotated[dict[str, str], Field(description="Digest of each tensor; see README.md.")]
     units: dict[str, SparseUnitRecord]
 
 
@@ -197,9 +222,11 @@ class RouterRecord(Record):
 
 
 class Manifest(Record):
-    """The routing manifest of a bundle, version 1."""
+    """The routing manifest of a bundle, version 2."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
+    # The first field of that name in the text, whatever the others hold.
+    checksum: Annotated[str, Field(description="SHA-256 of this file with an empty checksum.")] = ""
     generator: str
     recipe: RecipeRecord
     base: SourceRecord
@@ -211,11 +238,12 @@ class Manifest(Record):
     assignment: dict[str, Literal["average", "route"]]
     extract: ExtractRecord | None
     sparse: tuple[SparseRecord, ...]
+    shards: Annotated[tuple[WeightFile, ...], Field(description="The weight files of the dense expert.")]
     tensors: dict[str, TensorRecord]
     router: RouterRecord | None = None
     files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
     sizes: Sizes
-    digest: Annotated[str, Field(description="SHA-256 over all dense tensors and sparse files; see README.md.")]
+    digest: Annotated[str, Field(description="SHA-256 over the digests of all tensors; see README.md.")]
     averaged_in_routed_units: Annotated[
         tuple[str, ...], Field(description="Tensors of routed units that the run time cannot mix for each input.")
     ] = ()
@@ -237,9 +265,9 @@ class TensorConflict(Record):
 class ConflictReport(Record):
     """The full conflict report: scores by unit, counts by tensor, and the sources they belong to."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     experts: tuple[str, ...]
-    sources: dict[str, tuple[FileRecord, ...]]
+    sources: dict[str, tuple[SourceFile, ...]]
     denoise: str
     unit: str
     units: dict[str, UnitScores]
@@ -247,14 +275,39 @@ class ConflictReport(Record):
 
 
 def to_json(record: BaseModel) -> str:
-    """Write a record as JSON text, the same for the same content."""
+    """Write a record as JSON text, the same for the same content; a manifest gets its checksum."""
+    return _dump(with_checksum(record) if isinstance(record, Manifest) else record)
+
+
+def with_checksum(manifest: Manifest) -> Manifest:
+    """Give a manifest the checksum that its text has to have."""
+    return manifest.model_copy(update={"checksum": sha256(_dump(manifest.model_copy(update={"checksum": ""})))})
+
+
+def _dump(record: BaseModel) -> str:
     return json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def bundle_digest(dense: Mapping[str, str], sparse: Mapping[str, Mapping[str, str]]) -> str:
+    """Digest a bundle's numbers, however they are shared among files: SHA-256 over lines `digest  name`.
+
+    First the dense tensors, sorted by name, then those of the sparse experts as `experts/<expert>/<tensor>`, sorted
+    by expert and name.
+    """
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(dense.items())]
+    for expert, tensors in sorted(sparse.items()):
+        lines += [f"{digest}  {EXPERTS_FOLDER}/{expert}/{name}\n" for name, digest in sorted(tensors.items())]
+    return sha256("".join(lines))
 
 
 def read_record(file: Path, model: type[M], kind: str) -> M:
     """Read a JSON file into a record; raise BundleError naming the first field that does not fit."""
     try:
-        return model.model_validate(read_json(file))
+        data = read_json(file)
+        if data.get("schema_version") == SCHEMA_VERSION - 1:
+            message = f"is a {kind} of version {SCHEMA_VERSION - 1}, written by an older mediator"
+            raise BundleError(Problem(str(file), message, "merge again" if model is Manifest else "measure it again"))
+        return model.model_validate(data)
     except CheckpointError as error:
         raise BundleError(error.problems) from None
     except ValidationError as error:
@@ -270,11 +323,16 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(Problem(str(folder), f"has no {MANIFEST}", "is it a bundle? `mediator merge` writes one"))
     manifest = read_record(bundle_file(folder, MANIFEST), Manifest, "manifest")
-    names = [record.name for record in manifest.files] + [sparse.file.name for sparse in manifest.sparse]
-    names += [] if manifest.router is None else [manifest.router.file.name]
-    for name in [*names, *(tensor.file for tensor in manifest.tensors.values())]:
+    for name in [*file_names(manifest), *(tensor.file for tensor in manifest.tensors.values())]:
         bundle_file(folder, name)
     return manifest
+
+
+def file_names(manifest: Manifest) -> list[str]:
+    """List all files that a manifest names, with their paths in the bundle."""
+    weights = [*manifest.shards, *(file for sparse in manifest.sparse for file in sparse.files)]
+    others = [*manifest.files, *([] if manifest.router is None else [manifest.router.file])]
+    return [file.name for file in weights] + [file.name for file in others]
 
 
 def bundle_file(folder: Path, name: str) -> Path:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import EXPERTS_FOLDER, Manifest, bundle_file, read_manifest
-from mediator_cli.bundle.sparse_file import SparseFile, mix_deltas, open_sparse_file
+from mediator_cli.bundle.deltas import SparseExpert, mix_deltas, open_sparse_expert
+from mediator_cli.bundle.manifest import Manifest, bundle_file, read_manifest
+from mediator_cli.bundle.tensors import read_tensor
 from mediator_cli.checkpoint.header import TensorInfo, read_tensors
-from mediator_cli.checkpoint.read import open_files, read_slab
 from mediator_cli.errors import BundleError, Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mediator_cli.bundle.sparse_file import SparseDelta
+    from mediator_cli.bundle.deltas import SparseDelta
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,13 @@ class Bundle:
     path: Path
     manifest: Manifest
     tensors: Mapping[str, TensorInfo]
-    experts: Mapping[str, SparseFile]
+    experts: Mapping[str, SparseExpert]
 
     def dense(self, name: str) -> torch.Tensor:
         """Read one tensor of the dense expert in its own dtype and shape."""
         if name not in self.tensors:
             raise BundleError(Problem(f"{self.path}: {name}", "no such tensor", did_you_mean(name, self.tensors)))
-        info = self.tensors[name]
-        with open_files([info.file]) as descriptors:
-            return read_slab(descriptors, info, 0, info.size).view(info.shape)
+        return read_tensor(self.tensors[name])
 
     def expert(self, expert: str, name: str) -> torch.Tensor:
         """Read one tensor as that expert alone has it: dense plus sparse delta, or dense where units are averaged."""
@@ -48,7 +46,7 @@ class Bundle:
         deltas = [(sparse, weight) for sparse, weight in deltas if name in sparse.tensors]
         if not deltas:
             return dense
-        return mix_deltas(dense, [(self.delta(sparse.expert, name), weight) for sparse, weight in deltas])
+        return mix_deltas(dense, [(self.delta(sparse.name, name), weight) for sparse, weight in deltas])
 
     def delta(self, expert: str, name: str) -> SparseDelta:
         """Read what an expert adds to a tensor that it keeps something of; raise BundleError when it does not fit."""
@@ -56,21 +54,21 @@ class Bundle:
         shape, dense = sparse.tensors[name].shape, self.tensors[name].shape
         if shape != dense:
             message = f"shape {list(shape)}, the dense tensor has {list(dense)}"
-            raise BundleError(Problem(f"{sparse.file}: {name}", message, "the bundle is damaged; fetch it again"))
+            raise sparse.file_of(name).fault(name, message)
         return sparse.read(name)
 
-    def _sparse(self, expert: str) -> SparseFile:
+    def _sparse(self, expert: str) -> SparseExpert:
         known = [source.name for source in self.manifest.experts]
         if expert not in known:
             raise BundleError(Problem(str(self.path), f"no expert '{expert}'", did_you_mean(expert, known)))
-        return self.experts.get(expert) or SparseFile(self.path, expert, {}, {})
+        return self.experts.get(expert) or SparseExpert(expert, ())
 
 
 def read_bundle(folder: Path) -> Bundle:
     """Open a bundle for reading tensors; raise BundleError or CheckpointError when it is damaged."""
     manifest = read_manifest(folder)
     experts = {
-        record.expert: open_sparse_file(bundle_file(folder, f"{EXPERTS_FOLDER}/{record.expert}.safetensors"))
+        record.expert: open_sparse_expert(record.expert, [bundle_file(folder, file.name) for file in record.files])
         for record in manifest.sparse
     }
     return Bundle(folder, manifest, read_tensors(folder), experts)

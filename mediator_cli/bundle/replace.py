@@ -7,7 +7,7 @@ import os
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import MANIFEST, FileRecord, bundle_file, read_manifest, to_json
+from mediator_cli.bundle.manifest import MANIFEST, FileRecord, bundle_file, read_manifest, to_json, with_checksum
 from mediator_cli.checkpoint.write import sync, write_error
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def replace_files(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) 
     own_record = manifest.router.file.name if manifest.router else ""
     digests = {name: _record(name, data) for name, data in files.items() if name != own_record}
     listed = {record.name: record for record in manifest.files} | digests
-    new = manifest.model_copy(update={"files": tuple(listed[name] for name in sorted(listed, key=PurePosixPath))})
+    files_now = tuple(listed[name] for name in sorted(listed, key=PurePosixPath))
+    new = with_checksum(manifest.model_copy(update={"files": files_now}))
     router = None if old.router is None or old.router.file.name in files else old.router
     kept = tuple(record for record in old.files if record.name not in files)
     between = old.model_copy(update={"files": kept, "router": router})

@@ -5,10 +5,16 @@ The format is documented byte for byte in README.md beside this file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+
+from mediator_cli.kernels.floats import narrow_bf16, narrow_f16, widen_bf16, widen_f16
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mediator_cli.kernels.arrays import Bytes, Counts, Flags, Floats, Halves
 
 ValueCodec = Literal["fp32", "bf16", "fp16", "int8", "sign"]
 IndexCodec = Literal["gaps", "bitmap"]
@@ -16,8 +22,7 @@ IndexCodec = Literal["gaps", "bitmap"]
 ESCAPE = 255
 ALIGNMENT = 8
 _BITMAP_ABOVE = 1 / 8
-_FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_INT8_MAX = 127
+INT8_MAX = 127
 _VALUE_BITS: dict[ValueCodec, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "sign": 1}
 _POSITION_BYTES = 8
 
@@ -27,59 +32,82 @@ def index_codec(density: float) -> IndexCodec:
     return "bitmap" if density > _BITMAP_ABOVE else "gaps"
 
 
-def encode_gaps(positions: torch.Tensor, start: int) -> torch.Tensor:
+def encode_gaps(positions: Counts, start: int) -> Bytes:
     """Write rising positions [k] as bytes, counting from `start`, the position behind the last one written.
 
     A byte below 255 skips that many entries and keeps the next; 255 skips 255 entries and keeps none.
 
-    >>> encode_gaps(torch.tensor([0, 2, 300]), 0).tolist()
+    >>> encode_gaps(np.array([0, 2, 300]), 0).tolist()
     [0, 1, 255, 42]
     """
-    before = torch.cat([torch.tensor([start - 1]), positions[:-1]])
-    gaps = positions - before - 1
-    ends = (gaps // ESCAPE + 1).cumsum(0)
-    codes = torch.full((int(ends[-1]) if len(ends) else 0,), ESCAPE, dtype=torch.uint8)
-    codes[ends - 1] = (gaps % ESCAPE).to(torch.uint8)
+    gaps = np.diff(positions, prepend=start - 1) - 1
+    ends = np.cumsum(gaps // ESCAPE + 1)
+    codes = np.full(ends[-1] if len(ends) else 0, ESCAPE, np.uint8)
+    codes[ends - 1] = gaps % ESCAPE
     return codes
 
 
-def decode_gaps(codes: torch.Tensor) -> torch.Tensor:
-    """Read positions [k] from gap bytes; int64.
+def decode_gaps(codes: Bytes) -> Counts:
+    """Read positions [k] from gap bytes.
 
-    >>> decode_gaps(torch.tensor([0, 1, 255, 42], dtype=torch.uint8)).tolist()
+    >>> decode_gaps(np.array([0, 1, 255, 42], np.uint8)).tolist()
     [0, 2, 300]
     """
     keeps = codes != ESCAPE
-    steps = codes.to(torch.int64) + keeps
-    return steps.cumsum(0)[keeps] - 1
+    # A byte that keeps an entry is below 255, so its step fits in a byte.
+    ends = np.cumsum(codes + keeps, dtype=np.int64)
+    positions: Counts = ends[keeps] - 1
+    return positions
 
 
-def pack_bits(bits: torch.Tensor) -> torch.Tensor:
+def pack_bits(bits: Flags) -> Bytes:
     """Pack bools [m] into bytes, first entry in the lowest bit."""
-    return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))
+    return np.packbits(bits, bitorder="little")
 
 
-def unpack_bits(packed: torch.Tensor, size: int) -> torch.Tensor:
+def unpack_bits(packed: Bytes, size: int) -> Flags:
     """Unpack the first `size` bools."""
-    return torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little", count=size).astype(bool))
+    return np.unpackbits(packed, bitorder="little", count=size).view(np.bool_)
 
 
-def encode_values(values: torch.Tensor, codec: ValueCodec, scale: float) -> torch.Tensor:
-    """Turn float32 values [k] into what is stored: a float dtype, int8 steps of `scale`, or bool where positive."""
+def encode_values(values: Floats, codec: ValueCodec, scale: float) -> NDArray[Any]:
+    """Turn float32 values [k] into what is stored: float32, 16-bit patterns, int8 steps of `scale`, bool if positive.
+
+    A value beyond the range of its 16-bit format becomes infinite.
+    """
     if codec == "sign":
         return values > 0
     if codec == "int8":
-        return (values.double() / scale).round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
-    return values.to(_FLOAT_DTYPES[codec])
+        steps = np.rint(values.astype(np.float64) / scale)
+        return np.clip(steps, -INT8_MAX, INT8_MAX).astype(np.int8)
+    if codec == "fp32":
+        return values
+    return _narrow(values, codec)
 
 
-def decode_values(stored: torch.Tensor, codec: ValueCodec, scale: float) -> torch.Tensor:
+def _narrow(values: Floats, codec: Literal["bf16", "fp16"]) -> Halves:
+    stored = np.empty(len(values), np.uint16)
+    if codec == "bf16":
+        narrow_bf16(values, stored)
+    elif not narrow_f16(values, stored):
+        with np.errstate(over="ignore"):
+            stored[:] = values.astype(np.float16).view(np.uint16)
+    return stored
+
+
+def decode_values(stored: NDArray[Any], codec: ValueCodec, scale: float) -> Floats:
     """Turn stored values [k] back into float32."""
-    if codec == "sign":
-        return torch.where(stored, scale, -scale).float()
-    if codec == "int8":
-        return (stored.double() * scale).float()
-    return stored.float()
+    if codec == "fp32":
+        return stored
+    if codec in ("bf16", "fp16"):
+        values = np.empty(len(stored), np.float32)
+        (widen_bf16 if codec == "bf16" else widen_f16)(stored, values)
+        return values
+    # A scale that is too large for float32 gives infinite values, which verifying tells.
+    with np.errstate(over="ignore"):
+        if codec == "sign":
+            return np.where(stored, np.float32(scale), np.float32(-scale))
+        return (stored.astype(np.float64) * scale).astype(np.float32)
 
 
 def most_bytes(size: int, n_kept: int, values: ValueCodec, index: IndexCodec | None) -> int:
@@ -92,28 +120,14 @@ def most_bytes(size: int, n_kept: int, values: ValueCodec, index: IndexCodec | N
     if index is None:
         # A bitmap is taken only where it has fewer bytes than entries are kept.
         return n_values + n_kept + size // ESCAPE + 1 + 2 * ALIGNMENT
-    return _aligned(n_values) + _aligned(-(-size // 8) if index == "bitmap" else n_kept + skipped)
+    return aligned(n_values) + aligned(-(-size // 8) if index == "bitmap" else n_kept + skipped)
 
 
 def most_override_bytes(size: int, value_bytes: int) -> int:
     """Bound the bytes of a tensor's overrides, each a position and a value of so many bytes."""
-    return _aligned(size * _POSITION_BYTES) + _aligned(size * value_bytes)
+    return aligned(size * _POSITION_BYTES) + aligned(size * value_bytes)
 
 
-def _aligned(n_bytes: int) -> int:
+def aligned(n_bytes: int) -> int:
+    """Round a number of bytes up to what keeps the next array aligned."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def padded(array: torch.Tensor, fill: int = 0) -> torch.Tensor:
-    """Append `fill` until the array's bytes are a multiple of 8, so that what follows stays aligned."""
-    missing = -array.numel() * array.element_size() % ALIGNMENT // array.element_size()
-    if not missing:
-        return array
-    return torch.cat([array, torch.full((missing,), fill, dtype=array.dtype)])
-
-
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Compare entry by entry, telling 0 from -0; bool."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = kinds[left.element_size()]
-    return left.contiguous().view(kind) == right.contiguous().view(kind)

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
-from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ConflictReport, bundle_file, read_manifest, read_record
+from mediator_cli.bundle.checksum import fits_checksum
+from mediator_cli.bundle.digest import file_digest, in_threads, scan_tensors, sparse_digests, unheard
+from mediator_cli.bundle.entries import check_entries
+from mediator_cli.bundle.manifest import (
+    CONFLICTS,
+    MANIFEST,
+    ConflictReport,
+    bundle_digest,
+    bundle_file,
+    file_names,
+    read_manifest,
+    read_record,
+)
 from mediator_cli.bundle.sparse_file import open_sparse_file
-from mediator_cli.checkpoint.digest import CHUNK, digest_file
+from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.header import read_header, read_tensors
-from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, open_files, read_bytes, read_slab
 from mediator_cli.errors import MediatorError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
-    from mediator_cli.bundle.manifest import FileRecord, Manifest
+    from mediator_cli.bundle.digest import Scan
+    from mediator_cli.bundle.manifest import FileRecord, Manifest, SparseRecord, TensorRecord, WeightFile
+    from mediator_cli.bundle.sparse_file import SparseFile
     from mediator_cli.checkpoint.header import TensorInfo
 
-_DAMAGED = "fetch the bundle again or merge again"
+T = TypeVar("T")
+
+_HINT = "fetch the bundle again or merge again"
+_CHANGED = "its bytes are not those that were written"
+_NOT_FINITE = "holds NaN or infinite values"
 
 
 @dataclass(frozen=True)
@@ -36,119 +50,221 @@ class Verification:
     unknown: tuple[str, ...]
 
 
-def verify_bundle(folder: Path, advance: Callable[[int], None] = lambda n: None) -> Verification:
+@dataclass(frozen=True)
+class _Check:
+    """A bundle while it is checked; `advance` is told of the bytes read."""
+
+    folder: Path
+    manifest: Manifest
+    workers: int
+    advance: Callable[[int], None]
+
+
+def verify_bundle(folder: Path, advance: Callable[[int], None] = unheard, workers: int = 0) -> Verification:
     """Check digests, shapes, dtypes, finite values, sparse experts, router and links; collect all that is wrong.
 
-    Raises BundleError only when the manifest itself cannot be read.
+    Reads with some threads, one a core for 0, a little at a time. Raises BundleError only when the manifest itself
+    cannot be read.
     """
     manifest = read_manifest(folder)
+    check = _Check(folder, manifest, workers, advance)
     problems = [
-        *_check_dense(folder, manifest, advance),
-        *_check_sparse(folder, manifest, advance),
-        *(problem for record in manifest.files for problem in _check_file(folder, record, advance)),
-        *_check_router(folder, manifest, advance),
-        *_check_report(folder, manifest),
+        *_check_manifest(check),
+        *_check_dense(check),
+        *(problem for record in manifest.sparse for problem in _check_expert(check, record)),
+        *_check_files(check, manifest.files),
+        *_check_router(check),
+        *_check_report(check),
     ]
-    known = {record.name for record in manifest.files} | {MANIFEST}
-    known |= set() if manifest.router is None else {manifest.router.file.name}
-    known |= {record.file.name for record in manifest.sparse} | {tensor.file for tensor in manifest.tensors.values()}
+    known = {*file_names(manifest), MANIFEST}
     present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     unknown = tuple(name for name in present if name not in known)
-    return Verification(len(manifest.tensors), len(manifest.sparse), len(manifest.files), tuple(problems), unknown)
+    # A broken header is met with and without the index.
+    found = tuple(dict.fromkeys(problems))
+    return Verification(len(manifest.tensors), len(manifest.sparse), len(manifest.files), found, unknown)
 
 
-def _check_dense(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> Iterator[Problem]:
+def _check_manifest(check: _Check) -> Iterator[Problem]:
+    file, manifest = check.folder / MANIFEST, check.manifest
+    if not fits_checksum(file.read_bytes().decode(errors="replace"), manifest.checksum):
+        yield Problem(str(file), _CHANGED, _HINT)
+    dense = {name: record.xxh3 for name, record in manifest.tensors.items()}
+    if bundle_digest(dense, {record.expert: record.tensors for record in manifest.sparse}) != manifest.digest:
+        yield Problem(f"{file} digest", "does not fit the digests of its tensors", _HINT)
+
+
+def _check_dense(check: _Check) -> Iterator[Problem]:
     try:
-        tensors = read_tensors(folder)
+        # As other programs find the tensors: through the index, if there is one.
+        read_tensors(check.folder)
+    except MediatorError as error:
+        yield from error.problems
+    shards = check.manifest.shards
+    headers, problems = _open_files(check, shards, read_header)
+    yield from problems
+    found = dict.fromkeys(info.name for header in headers.values() for info in header.tensors)
+    is_complete = len(headers) == len(shards)
+    yield from _compare_names(str(check.folder), check.manifest.tensors, found, is_complete)
+    for shard in shards:
+        if shard.name in headers:
+            yield from _check_shard(check, shard, headers[shard.name].tensors)
+
+
+def _open_files(
+    check: _Check, files: Sequence[WeightFile], read: Callable[[Path], T]
+) -> tuple[dict[str, T], list[Problem]]:
+    """Read the headers of files, by name; tell what is wrong with the others."""
+    opened: dict[str, T] = {}
+    problems: list[Problem] = []
+    for file in files:
+        path = bundle_file(check.folder, file.name)
+        try:
+            if path.is_file():
+                opened[file.name] = read(path)
+            else:
+                problems.append(Problem(str(path), "is missing", _HINT))
+        except MediatorError as error:
+            problems += error.problems
+    return opened, problems
+
+
+def _compare_names(place: str, known: Collection[str], found: Collection[str], is_complete: bool) -> Iterator[Problem]:
+    """Compare the tensors of the manifest with those of the files; without all files, some are missing anyhow."""
+    for name in known:
+        if is_complete and name not in found:
+            yield Problem(f"{place}: {name}", "is missing in the weight files", _HINT)
+    for name in found:
+        if name not in known:
+            yield Problem(f"{place}: {name}", "is missing in the manifest", _HINT)
+
+
+def _check_shard(check: _Check, shard: WeightFile, tensors: Sequence[TensorInfo]) -> Iterator[Problem]:
+    records, path = check.manifest.tensors, bundle_file(check.folder, shard.name)
+    known = [info for info in tensors if info.name in records]
+    faults = {info.name: _fault_of_form(check.folder, info, records[info.name]) for info in known}
+    yield from (fault for fault in faults.values() if fault)
+    right = [info for info in known if not faults[info.name]]
+    try:
+        scans = scan_tensors(right, check.workers, check.advance)
     except MediatorError as error:
         yield from error.problems
         return
-    for name in dict.fromkeys([*manifest.tensors, *tensors]):
-        place = f"{folder}: {name}"
-        if name not in tensors or name not in manifest.tensors:
-            where = "the weight files" if name not in tensors else "the manifest"
-            yield Problem(place, f"is missing in {where}", _DAMAGED)
-            continue
-        record, info = manifest.tensors[name], tensors[name]
-        if (info.dtype, info.shape, info.file.name) != (record.dtype, record.shape, record.file):
-            yield Problem(
-                place, f"is {info.dtype} {list(info.shape)}, not {record.dtype} {list(record.shape)}", _DAMAGED
-            )
-            continue
-        yield from _check_tensor(place, info, record.sha256, advance)
+    for info, scan in zip(right, scans, strict=True):
+        yield from _check_scan(f"{check.folder}: {info.name}", scan, records[info.name].xxh3)
+    digests = {info.name: scan.digest for info, scan in zip(right, scans, strict=True)}
+    is_known = len(right) == len(tensors) and all(records[name].xxh3 == digest for name, digest in digests.items())
+    # A change in a tensor was told already; what is left is the header.
+    if is_known and file_digest(path, digests) != shard.xxh3:
+        yield Problem(str(path), _CHANGED, _HINT)
 
 
-def _check_tensor(place: str, info: TensorInfo, expected: str, advance: Callable[[int], None]) -> Iterator[Problem]:
-    digest, is_finite = hashlib.sha256(), True
-    dtype = TORCH_DTYPES.get(info.dtype, torch.uint8)
-    with open_files([info.file]) as descriptors:
-        for start in range(0, info.n_bytes, CHUNK):
-            chunk = read_bytes(descriptors, info, start, min(start + CHUNK, info.n_bytes))
-            digest.update(bytes_view(chunk))
-            is_finite &= not dtype.is_floating_point or bool(torch.isfinite(chunk.view(dtype)).all())
-            advance(len(chunk))
-    if not is_finite:
-        yield Problem(place, "holds NaN or infinite values", _DAMAGED)
-    if digest.hexdigest() != expected:
-        yield Problem(place, "its bytes are not those that were written", _DAMAGED)
+def _fault_of_form(folder: Path, info: TensorInfo, record: TensorRecord) -> Problem | None:
+    if (info.dtype, info.shape) != (record.dtype, record.shape):
+        message = f"is {info.dtype} {list(info.shape)}, not {record.dtype} {list(record.shape)}"
+    elif info.file.name != record.file:
+        message = f"lies in {info.file.name}, not in {record.file}"
+    else:
+        return None
+    return Problem(f"{folder}: {info.name}", message, _HINT)
 
 
-def _check_sparse(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> Iterator[Problem]:
-    for record in manifest.sparse:
-        faults = list(_check_file(folder, record.file, advance))
-        yield from faults
-        if not faults:
-            yield from _check_sparse_file(bundle_file(folder, record.file.name), manifest)
+def _check_scan(place: str, scan: Scan, expected: str) -> Iterator[Problem]:
+    if not scan.is_finite:
+        yield Problem(place, _NOT_FINITE, _HINT)
+    if scan.digest != expected:
+        yield Problem(place, _CHANGED, _HINT)
 
 
-def _check_sparse_file(file: Path, manifest: Manifest) -> Iterator[Problem]:
+def _check_expert(check: _Check, record: SparseRecord) -> Iterator[Problem]:
+    opened, problems = _open_files(check, record.files, open_sparse_file)
+    yield from problems
+    found = dict.fromkeys(name for sparse in opened.values() for name in sparse.tensors)
+    is_complete = len(opened) == len(record.files)
+    yield from _compare_names(f"{check.folder} {record.expert}", record.tensors, found, is_complete)
+    for file in record.files:
+        if file.name in opened:
+            yield from _check_sparse_file(check, record, file, opened[file.name])
+
+
+def _check_sparse_file(check: _Check, record: SparseRecord, file: WeightFile, sparse: SparseFile) -> Iterator[Problem]:
     try:
-        sparse = open_sparse_file(file)
-        for name, spec in sparse.tensors.items():
-            dense = manifest.tensors.get(name)
-            if dense is None or dense.shape != spec.shape:
-                yield Problem(f"{file}: {name}", "fits no dense tensor", _DAMAGED)
-            elif not torch.isfinite(sparse.read(name).values).all():
-                yield Problem(f"{file}: {name}", "holds NaN or infinite values", _DAMAGED)
+        scans = scan_tensors(list(sparse.arrays.values()), check.workers, check.advance)
+        arrays = {name: scan.digest for name, scan in zip(sparse.arrays, scans, strict=True)}
+        digests = sparse_digests(sparse, arrays)
     except MediatorError as error:
         yield from error.problems
-
-
-def _check_router(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> Iterator[Problem]:
-    if manifest.router is None:
         return
-    faults = list(_check_file(folder, manifest.router.file, advance))
+    changed = [name for name, digest in digests.items() if digest != record.tensors.get(name, digest)]
+    yield from (Problem(f"{sparse.file}: {name}", _CHANGED, _HINT) for name in changed)
+    if not changed and file_digest(sparse.file, arrays) != file.xxh3:
+        yield Problem(str(sparse.file), _CHANGED, _HINT)
+    broken = [name for name, scan in zip(sparse.arrays, scans, strict=True) if not scan.is_finite]
+    yield from (Problem(f"{sparse.file}: {name}", _NOT_FINITE, _HINT) for name in broken)
+    yield from _check_entries(check, sparse)
+
+
+def _check_entries(check: _Check, sparse: SparseFile) -> Iterator[Problem]:
+    dense = check.manifest.tensors
+
+    def one(name: str) -> tuple[Problem, ...]:
+        if name not in dense or dense[name].shape != sparse.tensors[name].shape:
+            return (Problem(f"{sparse.file}: {name}", "fits no dense tensor", _HINT),)
+        try:
+            check_entries(sparse, name)
+        except MediatorError as error:
+            return error.problems
+        return ()
+
+    for problems in in_threads(one, list(sparse.tensors), check.workers):
+        yield from problems
+
+
+def _check_files(check: _Check, records: Sequence[FileRecord]) -> Iterator[Problem]:
+    def one(record: FileRecord) -> tuple[Problem, ...]:
+        return _check_file(check.folder, record)
+
+    for record, problems in zip(records, in_threads(one, records, check.workers), strict=True):
+        yield from problems
+        check.advance(record.bytes)
+
+
+def _check_file(folder: Path, record: FileRecord) -> tuple[Problem, ...]:
+    path = bundle_file(folder, record.name)
+    if not path.is_file():
+        return (Problem(str(path), "is missing", _HINT),)
+    try:
+        return () if digest_file(path) == record.sha256 else (Problem(str(path), _CHANGED, _HINT),)
+    except MediatorError as error:
+        return error.problems
+
+
+def _check_router(check: _Check) -> Iterator[Problem]:
+    router = check.manifest.router
+    if router is None:
+        return
+    faults = _check_file(check.folder, router.file)
     yield from faults
-    names = {source.name for source in manifest.experts}
-    if unknown := [name for name in manifest.router.experts if name not in names]:
-        yield Problem(f"{folder / MANIFEST} router.experts", f"no expert {', '.join(unknown)}", _DAMAGED)
+    names = {source.name for source in check.manifest.experts}
+    if unknown := [name for name in router.experts if name not in names]:
+        yield Problem(f"{check.folder / MANIFEST} router.experts", f"no expert {', '.join(unknown)}", _HINT)
     if not faults:
-        yield from _check_finite(bundle_file(folder, manifest.router.file.name))
+        yield from _check_finite(bundle_file(check.folder, router.file.name))
 
 
 def _check_finite(file: Path) -> Iterator[Problem]:
     try:
-        with open_files([file]) as descriptors:
-            for info in read_header(file).tensors:
-                if not torch.isfinite(read_slab(descriptors, info, 0, info.size)).all():
-                    yield Problem(f"{file}: {info.name}", "holds NaN or infinite values", _DAMAGED)
+        tensors = read_header(file).tensors
+        for info, scan in zip(tensors, scan_tensors(tensors, 1), strict=True):
+            if not scan.is_finite:
+                yield Problem(f"{file}: {info.name}", _NOT_FINITE, _HINT)
     except MediatorError as error:
         yield from error.problems
 
 
-def _check_file(folder: Path, record: FileRecord, advance: Callable[[int], None]) -> Iterator[Problem]:
-    path = bundle_file(folder, record.name)
-    if not path.is_file():
-        yield Problem(str(path), "is missing", _DAMAGED)
-        return
-    if digest_file(path, advance) != record.sha256:
-        yield Problem(str(path), "its bytes are not those that were written", _DAMAGED)
-
-
-def _check_report(folder: Path, manifest: Manifest) -> Iterator[Problem]:
-    if manifest.conflict is None or not (folder / CONFLICTS).is_file():
+def _check_report(check: _Check) -> Iterator[Problem]:
+    if check.manifest.conflict is None or not (check.folder / CONFLICTS).is_file():
         return
     try:
-        read_record(folder / CONFLICTS, ConflictReport, "conflict report")
+        read_record(check.folder / CONFLICTS, ConflictReport, "conflict report")
     except MediatorError as error:
         yield from error.problems

@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
 import struct
 import sys
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mediator_cli.checkpoint.cache import cache_folder
 from mediator_cli.checkpoint.formats import refuse_pointers
 from mediator_cli.checkpoint.header import read_json, unreadable
 from mediator_cli.errors import CheckpointError, OutputError, Problem, first_line
@@ -87,8 +87,8 @@ def gguf_notice(folder: Path) -> str | None:
 
 
 def cache_root() -> Path:
-    """Give the folder of all dequantised files: $XDG_CACHE_HOME/mediator/dequantised, or the same in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mediator" / "dequantised"
+    """Give the folder of all dequantised files."""
+    return cache_folder() / "dequantised"
 
 
 def _key(file: Path) -> str:

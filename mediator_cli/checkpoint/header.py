@@ -1,4 +1,4 @@
-"""Safetensors headers and index files, by the standard library alone.
+"""Safetensors headers and index files, by the standard library alone where they are on disk.
 
 Everything a file says about itself is checked here, before any tensor is read: a header longer than
 the file, overlapping or missing bytes, sizes that do not fit shapes, names that leave their folder.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mediator_cli.checkpoint.remote.folder import remote_file
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from mediator_cli.checkpoint.remote.folder import RemoteFile
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -67,7 +70,7 @@ def unreadable(file: Path, error: OSError, hint: str = "check the path and its r
 
 
 def read_header(file: Path) -> Header:
-    """Read and check the header of one safetensors file.
+    """Read and check the header of one safetensors file, on disk or at the URL that its path in the cache stands for.
 
     Raises CheckpointError naming file and tensor when it breaks the format in any way.
     """
@@ -80,7 +83,42 @@ def read_header(file: Path) -> Header:
 
             return parse_header(file, file.stat().st_size, read)
     except OSError as error:
-        raise unreadable(file, error) from None
+        if (remote := remote_file(file)) is None:
+            raise unreadable(file, error) from None
+    return _read_remote_header(file, remote)
+
+
+def _read_remote_header(file: Path, remote: RemoteFile) -> Header:
+    def read(start: int, n: int) -> bytes:
+        return remote.read_start(start + n)[start:]
+
+    try:
+        return parse_header(file, remote.facts.size, read)
+    except CheckpointError as error:
+        told = [replace(problem, place=problem.place.replace(str(file), remote.url)) for problem in error.problems]
+        raise CheckpointError(told) from None
+
+
+def read_start(file: Path, n_bytes: int) -> bytes:
+    """Read the first bytes of a weight file, such as its header, wherever it lies; raise CheckpointError if not."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(n_bytes)
+    except OSError as error:
+        if (remote := remote_file(file)) is None:
+            raise unreadable(file, error, CHECK_DISK) from None
+    return remote.read_start(n_bytes)
+
+
+def identity(file: Path) -> list[int | str]:
+    """Tell what shows that a weight file was changed: its size in bytes first, then time of change or marks."""
+    try:
+        facts = file.stat()
+    except OSError as error:
+        if (remote := remote_file(file)) is None:
+            raise unreadable(file, error) from None
+        return remote.identity()
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def parse_header(file: Path, n_file: int, read: Callable[[int, int], bytes]) -> Header:

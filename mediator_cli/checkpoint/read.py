@@ -8,87 +8,151 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
 
 from mediator_cli.checkpoint.header import CHECK_DISK, unreadable
+from mediator_cli.checkpoint.remote.folder import remote_file
+from mediator_cli.checkpoint.remote.handle import open_remote
 from mediator_cli.errors import CheckpointError, Problem
+from mediator_cli.kernels.arrays import bytes_of
+from mediator_cli.kernels.floats import is_finite, widen_bf16, widen_f16
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.spans import Layout, Part
+    from numpy.typing import NDArray
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    from mediator_cli.checkpoint.digest import Digests
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.remote.folder import RemoteFile
+    from mediator_cli.checkpoint.spans import Layout, Part
+    from mediator_cli.kernels.arrays import Bytes, Floats
+
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16), "I16": np.dtype(np.int16), "F16": np.dtype(np.uint16), "BF16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32), "I32": np.dtype(np.int32), "F32": np.dtype(np.float32),
+    "U64": np.dtype(np.uint64), "I64": np.dtype(np.int64), "F64": np.dtype(np.float64),
 }  # fmt: skip
+"""The numpy dtype of stored elements; F16 and BF16 are their bit patterns."""
+
+
+class Handle(Protocol):
+    """A file that is open for reading, from any thread."""
+
+    def read_into(self, offset: int, view: memoryview, end: int) -> int:
+        """Fill a view with the bytes from `offset`, or its start; gives how many. Reads may go on to byte `end`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    """A file on disk."""
+
+    descriptor: int
+
+    def read_into(self, offset: int, view: memoryview, end: int) -> int:
+        """Fill a view with the bytes from `offset`, or its start; gives how many."""
+        return os.preadv(self.descriptor, [view], offset)
 
 
 @contextmanager
-def open_files(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
-    """Open each file once for reading; gives descriptors by path, closed at the end."""
+def open_files(files: Iterable[Path]) -> Iterator[dict[Path, Handle]]:
+    """Open each file once for reading; gives handles by path, closed at the end.
+
+    Raises CheckpointError for a file that is not there; at the end also for one at a URL that was changed meanwhile.
+    """
     with ExitStack() as stack:
-        descriptors: dict[Path, int] = {}
+        handles: dict[Path, Handle] = {}
+        far: dict[Path, RemoteFile] = {}
         for file in dict.fromkeys(files):
             try:
-                descriptors[file] = os.open(file, os.O_RDONLY)
+                descriptor = os.open(file, os.O_RDONLY)
             except OSError as error:
-                raise unreadable(file, error, CHECK_DISK) from None
-            stack.callback(os.close, descriptors[file])
-        yield descriptors
+                if (remote := remote_file(file)) is None:
+                    raise unreadable(file, error, CHECK_DISK) from None
+                far[file] = remote
+                continue
+            stack.callback(os.close, descriptor)
+            handles[file] = LocalHandle(descriptor)
+        yield handles | stack.enter_context(open_remote(far)) if far else handles
 
 
-def bytes_view(tensor: torch.Tensor) -> memoryview:
-    """Give the bytes of a contiguous tensor without a copy; writable if the tensor is."""
-    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
-
-
-def read_bytes(descriptors: Mapping[Path, int], info: TensorInfo, first: int, last: int) -> torch.Tensor:
-    """Read bytes `first` to `last` of a tensor into a new uint8 tensor [last - first]."""
-    buffer = torch.empty(last - first, dtype=torch.uint8)
-    view = bytes_view(buffer)
+def read_into(handles: Mapping[Path, Handle], info: TensorInfo, first: int, array: NDArray[Any]) -> None:
+    """Fill a contiguous array with a tensor's bytes from byte `first`; raise CheckpointError when they end early."""
+    view = bytes_of(array)
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(descriptors[info.file], [view[done:]], info.start + first + done)
+            count = handles[info.file].read_into(info.start + first + done, view[done:], info.end)
         except OSError as error:
             raise unreadable(info.file, error, CHECK_DISK) from None
         if count == 0:
             message = "the file ends before its last tensor"
             raise CheckpointError(Problem(f"{info.file}: {info.name}", message, "did another process change it?"))
         done += count
-    return buffer
 
 
-def read_slab(descriptors: Mapping[Path, int], info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Read a slab in the tensor's own dtype [stop - start]."""
-    dtype = TORCH_DTYPES[info.dtype]
-    return read_bytes(descriptors, info, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
+def read_bytes(descriptors: Mapping[Path, Handle], info: TensorInfo, first: int, last: int) -> Bytes:
+    """Read bytes `first` to `last` of a tensor into a new array [last - first]."""
+    array = np.empty(last - first, np.uint8)
+    read_into(descriptors, info, first, array)
+    return array
+
+
+def read_slab(descriptors: Mapping[Path, Handle], info: TensorInfo, start: int, stop: int) -> NDArray[Any]:
+    """Read a slab as it is stored [stop - start]; see STORED_DTYPES."""
+    array = np.empty(stop - start, STORED_DTYPES[info.dtype])
+    read_into(descriptors, info, start * array.itemsize, array)
+    return array
+
+
+def widen(stored: NDArray[Any], dtype: str, out: Floats) -> bool:
+    """Turn stored elements [m] of a dtype such as BF16 into float32 [m]; tell whether all are finite."""
+    if dtype == "BF16":
+        return widen_bf16(stored, out)
+    if dtype == "F16":
+        return widen_f16(stored, out)
+    # What is too large for float32 is told by the answer; numpy's warning would only say it again.
+    with np.errstate(all="ignore"):
+        out[:] = stored
+    return is_finite(out)
 
 
 class Reader(Protocol):
     """Gives slabs of named tensors."""
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read one slab [stop - start] as float32."""
+    def read_into(self, name: str, start: int, stop: int, out: Floats) -> bool:
+        """Fill `out` [stop - start] with one slab in float32; tell whether all entries are finite."""
         ...
+
+
+def read_floats(reader: Reader, name: str, start: int, stop: int) -> Floats:
+    """Read one slab into a new float32 array [stop - start]."""
+    out = np.empty(stop - start, np.float32)
+    reader.read_into(name, start, stop, out)
+    return out
 
 
 @dataclass(frozen=True)
 class FullReader:
-    """Reads the slabs of a full checkpoint in float32."""
+    """Reads the slabs of a full checkpoint in float32; `digests` take note of what passes by."""
 
-    descriptors: Mapping[Path, int]
+    descriptors: Mapping[Path, Handle]
     tensors: Mapping[str, TensorInfo]
+    digests: Digests | None = None
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read one slab [stop - start] as float32."""
-        return read_slab(self.descriptors, self.tensors[name], start, stop).float()
+    def read_into(self, name: str, start: int, stop: int, out: Floats) -> bool:
+        """Fill `out` [stop - start] with one slab in float32; tell whether all entries are finite."""
+        info = self.tensors[name]
+        stored = out if info.dtype == "F32" else np.empty(stop - start, STORED_DTYPES[info.dtype])
+        read_into(self.descriptors, info, start * stored.itemsize, stored)
+        if self.digests is not None:
+            self.digests.note(info, start, stored)
+        return is_finite(out) if stored is out else widen(stored, info.dtype, out)
 
 
 @dataclass(frozen=True)
@@ -103,24 +167,28 @@ class MappedReader:
     def _ends(self) -> dict[str, list[int]]:
         return {name: list(accumulate(span.size for span in spans)) for name, spans in self.layout.items()}
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read one slab [stop - start] as float32."""
+    def read_into(self, name: str, start: int, stop: int, out: Floats) -> bool:
+        """Fill `out` [stop - start] with one slab in float32; tell whether all entries are finite."""
         if name not in self.layout:
-            return self.readers[self.own].read(name, start, stop)
+            return self.readers[self.own].read_into(name, start, stop, out)
         spans, ends = self.layout[name], self._ends[name]
-        pieces: list[torch.Tensor] = []
-        index = bisect_right(ends, start)
-        while start < stop:
+        is_whole, at, index = True, start, bisect_right(ends, start)
+        while at < stop:
             span, end = spans[index], min(ends[index], stop)
-            offset = start - (ends[index] - span.size)
-            pieces.append(self._mean(span.parts, offset, end - start))
-            start, index = end, index + 1
-        return torch.cat(pieces) if pieces else torch.zeros(0)
+            is_whole &= self._mean(span.parts, at - (ends[index] - span.size), out[at - start : end - start])
+            at, index = end, index + 1
+        return is_whole
 
-    def _mean(self, parts: tuple[Part, ...], offset: int, size: int) -> torch.Tensor:
-        found = [
-            self.readers[part.source].read(part.tensor, part.start + offset, part.start + offset + size)
-            for part in parts
-        ]
-        # One part must keep its bits; the mean of several is taken in float64, so that order hardly matters.
-        return found[0] if len(found) == 1 else torch.stack(found).double().mean(dim=0).float()
+    def _mean(self, parts: tuple[Part, ...], offset: int, out: Floats) -> bool:
+        if len(parts) == 1:
+            return self._part(parts[0], offset, out)
+        # The mean of several is taken in float64, so that their order hardly matters.
+        rows = np.empty((len(parts), len(out)), np.float32)
+        is_whole = all([self._part(part, offset, row) for part, row in zip(parts, rows, strict=True)])
+        with np.errstate(all="ignore"):
+            out[:] = rows.astype(np.float64).mean(axis=0)
+        return is_whole
+
+    def _part(self, part: Part, offset: int, out: Floats) -> bool:
+        first = part.start + offset
+        return self.readers[part.source].read_into(part.tensor, first, first + len(out), out)

@@ -20,6 +20,8 @@ from mediator_cli.checkpoint.hub.find import (
     read_far_headers,
 )
 from mediator_cli.checkpoint.quantised import refuse_quantised_config, refuse_quantised_tensors
+from mediator_cli.checkpoint.remote.folder import RemoteFolder, find_remote, read_remote
+from mediator_cli.checkpoint.remote.url import is_url
 from mediator_cli.checkpoint.vocabulary import TOKENIZER_FILES
 from mediator_cli.errors import CheckpointError, Problem
 
@@ -40,15 +42,18 @@ _NEVER = (".py", ".pyc", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a source lies: a folder on disk, or the folder in the cache that a Hub repository has."""
+    """Where a source lies: a folder on disk, or the folder in the cache that a Hub repository or URL has."""
 
     folder: Path
     repo: HubRepo | None = None
+    remote: RemoteFolder | None = None
 
     @property
     def shown(self) -> str:
-        """The name to say in messages: what the user wrote of a Hub id, the path of a folder."""
-        return self.repo.source if self.repo else str(self.folder)
+        """The name to say in messages: what the user wrote of a Hub id, a URL, the path of a folder."""
+        if self.repo:
+            return self.repo.source
+        return self.remote.url if self.remote else str(self.folder)
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,13 @@ def weight_files(tensors: Mapping[str, TensorInfo]) -> tuple[Path, ...]:
 
 
 def find_location(source: str, path: Path, access: Access = ONLINE) -> Location:
-    """Find what the user calls `source`: the folder `path` where there is one, else the Hub's org/name[@revision].
+    """Find what the user calls `source`: a URL, the folder `path` where there is one, else org/name[@revision].
 
-    From the Hub only small files are fetched: configs, tokenizer, templates, card.
+    From the Hub and from a URL only small files are fetched: configs, tokenizer, templates, card.
     """
+    if is_url(source):
+        found = find_remote(source, _is_wanted_from_afar, offline=access.offline)
+        return Location(found.folder, remote=found)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:
@@ -97,14 +105,17 @@ def find_location(source: str, path: Path, access: Access = ONLINE) -> Location:
 
 def open_checkpoint(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
     """Open a full checkpoint of float tensors, in safetensors or in a .bin; raise CheckpointError for anything else."""
-    place = repo.source if repo else str(folder)
-    weights = _find_far_weights(repo) if repo else find_weights(place, list_names(folder))
+    remote = read_remote(folder)
+    place = repo.source if repo else remote.url if remote else str(folder)
+    weights = _find_weights(folder, repo, remote)
     if repo is None:
         refuse_pointers(sorted(folder.glob("*")))
     elif "config.json" not in repo.sizes:
         raise missing_file(repo, "config.json")
+    if remote is not None and "config.json" not in remote.files:
+        raise CheckpointError(Problem(place, "holds no config.json", "is it the folder of a model?"))
     config = read_json(folder / "config.json")
-    refuse_quantised_config(place, str(folder / "config.json"), config)
+    refuse_quantised_config(place, f"{remote.url if remote else folder}/config.json", config)
     tensors = _read_weights(folder, weights, repo, config)
     refuse_quantised_tensors(tensors.values())
     return Checkpoint(folder, config, tensors, repo)
@@ -112,9 +123,21 @@ def open_checkpoint(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
 
 def look_at(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
     """Read the headers of any checkpoint, also of one that can't be merged, such as a quantised one."""
-    weights = _find_far_weights(repo) if repo else find_weights(str(folder), list_names(folder))
+    weights = _find_weights(folder, repo, read_remote(folder))
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return Checkpoint(folder, config, _read_weights(folder, weights, repo, config), repo)
+
+
+def _find_weights(folder: Path, repo: HubRepo | None, remote: RemoteFolder | None) -> str:
+    if repo is not None:
+        return _find_far_weights(repo)
+    if remote is None:
+        return find_weights(str(folder), list_names(folder))
+    weights = find_weights(remote.url, list(remote.files))
+    if weights.endswith(".bin"):
+        hint = "save it as safetensors there, or copy the folder to a disk"
+        raise CheckpointError(Problem(remote.url, "holds no safetensors, and no other file is read from afar", hint))
+    return weights
 
 
 def _read_weights(folder: Path, weights: str, repo: HubRepo | None, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -164,6 +187,10 @@ def _is_wanted(name: str) -> bool:
     if PurePosixPath(name).suffix in _NEVER:
         return False
     return any(_matches(name, pattern) for pattern in (*_SIDE_PATTERNS, *_SETTINGS))
+
+
+def _is_wanted_from_afar(name: str) -> bool:
+    return name == "routing_manifest.json" or _is_wanted(name)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -19,14 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mediator_cli.checkpoint.header import DTYPE_BYTES, TensorInfo, unreadable
 from mediator_cli.checkpoint.layout import place_of
-from mediator_cli.checkpoint.read import TORCH_DTYPES
 from mediator_cli.errors import CheckpointError, Problem, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+"""What torch's dtypes are called in headers."""
 _ZIP, _LOCAL_HEADER = b"PK\x03\x04", 30
 _DAMAGED = "the file is damaged or was not downloaded completely; fetch it again"
 _SAVE_AGAIN = "load the model with transformers and save it with save_pretrained, which writes safetensors"
@@ -170,7 +174,7 @@ def _holds_tensors(value: object) -> bool:
 def _check_tensor(file: Path, name: str, item: torch.Tensor) -> Iterator[Problem]:
     """Say why a tensor's bytes do not lie in the file one after the other."""
     place = f"{file}: {name}"
-    if item.dtype not in _DTYPES:
+    if item.dtype not in DTYPES:
         yield Problem(place, f"dtype {item.dtype} is not supported", "save it as bfloat16 or float32")
     elif str(item.layout) != "torch.strided" or item.is_neg() or item.is_conj():
         yield Problem(place, f"layout {item.layout} is not that of a plain tensor", _SAVE_AGAIN)
@@ -179,7 +183,7 @@ def _check_tensor(file: Path, name: str, item: torch.Tensor) -> Iterator[Problem
 
 
 def _locate(file: Path, name: str, item: torch.Tensor, records: Mapping[int, int]) -> TensorInfo:
-    dtype, shape = _DTYPES[item.dtype], tuple(item.shape)
+    dtype, shape = DTYPES[item.dtype], tuple(item.shape)
     record = getattr(item.untyped_storage(), "_checkpoint_offset", None)
     if record is None:
         message = "this version of torch does not say where tensors lie in a .bin"

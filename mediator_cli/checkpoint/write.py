@@ -77,17 +77,24 @@ def create_file(file: Path, tensors: Sequence[NewTensor], metadata: Mapping[str,
     Raises OutputError when the disk has no room.
     """
     head = header_bytes(tensors, metadata)
-    infos: dict[str, TensorInfo] = {}
-    offset = len(head)
-    for tensor in tensors:
-        infos[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, file, offset, offset + tensor.n_bytes)
-        offset += tensor.n_bytes
+    infos = place_tensors(file, tensors, metadata)
+    n_bytes = max((info.end for info in infos.values()), default=len(head))
     try:
         with file.open("xb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, offset)
+            os.posix_fallocate(stream.fileno(), 0, n_bytes)
             stream.write(head)
     except OSError as error:
         raise write_error(file, error) from None
+    return infos
+
+
+def place_tensors(file: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Say where each tensor goes in a file that is created with the same arguments."""
+    infos: dict[str, TensorInfo] = {}
+    offset = len(header_bytes(tensors, metadata))
+    for tensor in tensors:
+        infos[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, file, offset, offset + tensor.n_bytes)
+        offset += tensor.n_bytes
     return infos
 
 

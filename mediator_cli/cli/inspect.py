@@ -131,11 +131,11 @@ def _print_bundle(folder: Path) -> None:
             s.path,
             "" if s.weight is None else str(s.weight),
             s.license or "not declared",
-            s.files[0].sha256[:12],
+            s.files[0].digest[:12],
         )
         for s in sources
     ]
-    print_table(("source", "kind", "from", "weight#", "licence", "sha256"), rows)
+    print_table(("source", "kind", "from", "weight#", "licence", "digest"), rows)
     changes = f", changed by {', '.join(manifest.recipe.changes)}" if manifest.recipe.changes else ""
     say(f"recipe        {manifest.recipe.name} {manifest.recipe.sha256[:12]}{changes}")
     say(f"digest        {manifest.digest}")

@@ -33,6 +33,9 @@ def merge(
         Path | None, typer.Option("--conflicts", help="Reuse this conflicts.json instead of measuring.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted merge, from its last finished step.")
+    ] = False,
     changes: SetOption = None,
     memory: MemoryOption = "2GiB",
     workers: WorkersOption = None,
@@ -58,7 +61,7 @@ def merge(
         quiet_transformers()
     started = time.monotonic()
     with shown_progress(quiet) as progress:
-        run = settings(memory, workers, overwrite=overwrite, progress=progress, notify=told.tell)
+        run = settings(memory, workers, overwrite=overwrite, resume=resume, progress=progress, notify=told.tell)
         folder = carry_out(made, output, conflicts, run)
     manifest = read_manifest(folder)
     told.tell(*manifest.notices)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.options import JsonOption, MemoryOption, OfflineOption, RecipeArgument, SetOption, WorkersOption
-from mediator_cli.cli.output import print_json, print_notices, print_table, say
+from mediator_cli.cli.output import console, print_json, print_notices, print_table, say
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from mediator_cli.pipeline.estimate import PlanReport
+
+_SHOWN, _LONG = 0.05, 100.0
+"""Seconds below which a stage is not told of, and above which tenths are not."""
 
 
 def plan(
@@ -21,25 +24,45 @@ def plan(
     changes: SetOption = None,
     memory: MemoryOption = "2GiB",
     workers: WorkersOption = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Measure this machine anew, or leave the time out; default: measure once, and remember it.",
+            show_default=False,
+        ),
+    ] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a merge would do: layers, bytes, memory, parameters, and which source wins where they differ."""
+    """Show what a merge would do: layers, time, bytes, memory, parameters, and which source wins where they differ."""
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
     from mediator_cli.pipeline.routable import check_routing
+    from mediator_cli.pipeline.settings import output_folder
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly
 
     made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
-    report = describe_plan(made, output, settings(memory, workers))
+    run = settings(memory, workers)
+    if calibrate is False:
+        report = describe_plan(made, output, run)
+    else:
+        from mediator_cli.pipeline.calibrate import constants_for, likely_cache
+
+        constants = constants_for(made, output_folder(made, output), _tell, anew=calibrate is True)
+        report = describe_plan(made, output, run, constants, likely_cache(made))
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
     print_notices(report.notices)
     _print(report)
     say(f"Next: mediator merge {recipe}")
+
+
+def _tell(text: str) -> None:
+    console(stderr=True).print(text, markup=False)
 
 
 def _print(report: PlanReport) -> None:
@@ -50,6 +73,7 @@ def _print(report: PlanReport) -> None:
         ("download", _downloads(report.download_bytes)),
         ("read", f"{human_bytes(sum(report.read_bytes.values()))}: " + _stages(report.read_bytes)),
         ("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts"),
+        *_times(report),
         ("peak memory", f"about {human_bytes(report.peak_memory)} with {report.workers} workers"),
         ("free disk", f"{human_bytes(report.free_disk)} at {report.output}"),
     ]
@@ -65,6 +89,22 @@ def _print(report: PlanReport) -> None:
         print_table(("setting", "winner", "value", "others"), cells, title="where the sources differ")
     else:
         say("config, generation config, tokenizer and chat template are the same in all sources.\n")
+
+
+def _times(report: PlanReport) -> list[tuple[str, str]]:
+    """Tell the seconds of each stage, and what they take for granted."""
+    if report.seconds is None:
+        return []
+    stages = {name: stage.warm if report.sources_are == "warm" else stage.cold for name, stage in report.stages.items()}
+    told = ", ".join(f"{name} {_seconds(*ends)}" for name, ends in stages.items() if ends and ends[1] >= _SHOWN)
+    where = "in memory" if report.sources_are == "warm" else "read from the disk"
+    return [("time", f"about {_seconds(*report.seconds)}, sources {where}: {told}")]
+
+
+def _seconds(least: float, most: float) -> str:
+    digits = 0 if most >= _LONG else 1
+    low, high = f"{least:.{digits}f}", f"{most:.{digits}f}"
+    return f"{low} s" if low == high else f"{low} to {high} s"
 
 
 def _downloads(by_source: dict[str, int]) -> str:

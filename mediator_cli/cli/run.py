@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mediator_cli.pipeline.merge import Settings
+    from mediator_cli.pipeline.settings import Settings
 
 
 def settings(
@@ -16,13 +16,14 @@ def settings(
     workers: int | None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Settings:
     """Read the options that say how to run; raise OutputError when the memory is not a size."""
     from mediator_cli.engine.pool import keep_freed_memory
     from mediator_cli.errors import OutputError, Problem
-    from mediator_cli.pipeline.merge import Settings
+    from mediator_cli.pipeline.settings import Settings
     from mediator_cli.pipeline.progress import silent, unheard
     from mediator_cli.recipe.sizes import parse_size
 
@@ -32,4 +33,4 @@ def settings(
         raise OutputError(Problem("--memory", str(error), "write for example --memory 2GiB")) from None
     keep_freed_memory()
     cores = workers or os.cpu_count() or 1
-    return Settings(overwrite, n_bytes, cores, progress or silent, notify=notify or unheard)
+    return Settings(overwrite, n_bytes, cores, progress or silent, notify=notify or unheard, resume=resume)

@@ -18,7 +18,8 @@ from mediator_cli.errors import CheckpointError, MediatorError, Problem
 from mediator_cli.evaluate.models import Candidate, find_candidates, load_candidate
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.pipeline.download import download_weights
-from mediator_cli.pipeline.merge import Settings, merge
+from mediator_cli.pipeline.merge import merge
+from mediator_cli.pipeline.settings import Settings
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view, read_slab
-from mediator_cli.checkpoint.write import create_file, write_at
-from mediator_cli.engine.reduce import metered
-from mediator_cli.engine.streams import check_finite, pieces
+from mediator_cli.checkpoint.header import FLOAT_DTYPES
+from mediator_cli.checkpoint.read import STORED_DTYPES, read_slab
+from mediator_cli.checkpoint.write import write_at
+from mediator_cli.engine.statistics import in_rows
+from mediator_cli.engine.streams import not_finite
+from mediator_cli.kernels.arrays import bytes_of
+from mediator_cli.kernels.floats import is_finite, narrow_bf16, narrow_f16
 from mediator_cli.stages.average import average_slab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from mediator_cli.checkpoint.digest import Digests
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.write import NewTensor
-    from mediator_cli.engine.statistics import Found
-    from mediator_cli.engine.streams import Budget, Piece, Streams
+    from mediator_cli.engine.streams import Piece, Streams
+    from mediator_cli.kernels.arrays import Floats
     from mediator_cli.plan.model import TensorPlan
 
 
@@ -33,46 +37,53 @@ class DenseTensor:
     from_base: bool
 
 
+@dataclass(frozen=True)
+class Target:
+    """The file that dense tensors go to, where each lies in it, and the digests that take note of them."""
+
+    file: Path
+    descriptor: int
+    infos: Mapping[str, TensorInfo]
+    digests: Digests
+
+
 def write_dense(
-    streams: Streams,
-    tensors: Sequence[DenseTensor],
-    shards: Mapping[Path, Sequence[NewTensor]],
-    found: Found,
-    budget: Budget,
-    advance: Callable[[int], None],
-) -> dict[str, TensorInfo]:
-    """Compute and write all dense tensors; return where each one lies."""
-    infos: dict[str, TensorInfo] = {}
-    for file, members in shards.items():
-        infos |= create_file(file, members, {"format": "pt"})
-    dense = {tensor.plan.name: tensor for tensor in tensors}
-    with ExitStack() as stack:
-        outputs = {file: stack.enter_context(file.open("r+b", buffering=0)).fileno() for file in shards}
-
-        def work(piece: Piece) -> None:
-            tensor = dense[piece.tensor]
-            data = _slab(streams, tensor, piece, found.get(piece.tensor, {}))
-            info = infos[piece.tensor]
-            offset = info.start + piece.start * data.element_size()
-            write_at(outputs[info.file], info.file, bytes_view(data.contiguous()), offset)
-
-        parts = [part for tensor in tensors for part in pieces(tensor.plan.name, tensor.plan.size, budget.slab)]
-        for _ in metered(work, parts, budget, lambda piece: advance(piece.stop - piece.start)):
-            pass
-    return infos
+    streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[str, NDArray[Any]], target: Target
+) -> None:
+    """Compute one slab of a dense tensor and write it to its place."""
+    data = _slab(streams, tensor, piece, found)
+    info = target.infos[piece.tensor]
+    target.digests.note(info, piece.start, data)
+    write_at(target.descriptor, target.file, bytes_of(data), info.start + piece.start * data.itemsize)
 
 
-def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     method = tensor.plan.average
-    dtype = TORCH_DTYPES[tensor.plan.dtype]
-    if not dtype.is_floating_point:
-        info = streams.stored.tensors[piece.tensor]
-        return read_slab(streams.stored.descriptors, info, piece.start, piece.stop)
+    if tensor.plan.dtype not in FLOAT_DTYPES:
+        return read_slab(streams.stored.descriptors, streams.stored.tensors[piece.tensor], piece.start, piece.stop)
     if method is None or tensor.from_base:
-        return streams.base.read(piece.tensor, piece.start, piece.stop).to(dtype)
-    inputs, base = streams.inputs(piece, method.method.space)
+        base = np.empty(piece.size, np.float32)
+        streams.base.read_into(piece.tensor, piece.start, piece.stop, base)
+        return narrow(base, tensor.plan.dtype)[0]
+    inputs = streams.inputs(piece, method.method.space)
     uniforms = streams.uniforms(piece) if method.method.random else None
-    merged = average_slab(method, inputs, base, streams.weights[piece.tensor], found, uniforms).to(dtype)
-    if not torch.isfinite(merged.sum(dtype=torch.float32)):
-        check_finite(merged, f"the merged tensor in {tensor.plan.dtype}", piece)
-    return merged
+    statistics = {**found, **in_rows(streams, tensor.plan, piece)}
+    merged = average_slab(method, inputs.rows, inputs.base, streams.weights[piece.tensor], statistics, uniforms)
+    stored, is_whole = narrow(merged, tensor.plan.dtype)
+    if not is_whole:
+        raise not_finite(_too_large(merged, tensor.plan.dtype), f"the merged tensor in {tensor.plan.dtype}", piece)
+    return stored
+
+
+def narrow(values: Floats, dtype: str) -> tuple[NDArray[Any], bool]:
+    """Round float32 [m] once to what is stored of a dtype; tell whether all results are finite."""
+    if dtype not in ("BF16", "F16"):
+        return values.astype(STORED_DTYPES[dtype], copy=False), is_finite(values)
+    out = np.empty(len(values), np.uint16)
+    return out, (narrow_bf16 if dtype == "BF16" else narrow_f16)(values, out)
+
+
+def _too_large(values: Floats, dtype: str) -> Floats:
+    """Mark what is infinite once rounded."""
+    limit = np.float32(65520.0) if dtype == "F16" else np.uint32(0x7F7F8000).view(np.float32)
+    return np.where(np.abs(values) >= limit, np.copysign(np.float32(np.inf), values), values)

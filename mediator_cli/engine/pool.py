@@ -1,33 +1,20 @@
-"""A bounded pool of worker threads, each with single-threaded kernels."""
+"""Worker threads that go through a list; the kernels they call run without the interpreter's lock."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from itertools import count
+from threading import Event, Thread
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from concurrent.futures import Future
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
-R = TypeVar("R")
 
-
-@contextmanager
-def single_threaded_kernels() -> Iterator[None]:
-    """Let each torch kernel use one thread: workers are the parallelism, and sums keep their order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+_WAKE = 0.1
+"""Seconds between two looks at how far the workers are."""
 
 
 def keep_freed_memory() -> None:
@@ -42,17 +29,49 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 1 << 30)
 
 
-def map_ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Apply a function in `workers` threads; results in the order of items, few of them in flight at a time."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+def run_all(
+    function: Callable[[T], object], items: Sequence[T], workers: int, advance: Callable[[int], None] = lambda n: None
+) -> None:
+    """Call a function for every item from `workers` threads, in about their order.
+
+    `advance` is told, from the calling thread, how many more items are done. The first error, by the order of the
+    items that failed, ends all; so does an interrupt, after the items in flight.
+    """
+    stop, turn = Event(), count()
+    errors: dict[int, BaseException] = {}
+    done = [0] * workers
+
+    def work(worker: int) -> None:
+        while not stop.is_set() and (at := next(turn)) < len(items):
+            try:
+                function(items[at])
+            except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+                errors[at] = error
+                stop.set()
+            done[worker] += 1
+
+    threads = [Thread(target=work, args=(worker,), daemon=True) for worker in range(min(workers, len(items)))]
+    try:
+        _watch(threads, lambda: sum(done), advance)
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[min(errors)]
+
+
+def _watch(threads: Sequence[Thread], done: Callable[[], int], advance: Callable[[int], None]) -> None:
+    """Start threads, wait for their end and tell how far they are; the wait is short, so that signals are heard."""
+    told = 0
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(_WAKE)
+            told, before = done(), told
+            if told > before:
+                advance(told - before)
+    if done() > told:
+        advance(done() - told)

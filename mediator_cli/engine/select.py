@@ -1,138 +1,187 @@
-"""Exact k-th largest magnitude of a stream, by two histograms of the bits: no sort, no copy of the stream.
+"""Exact k-th largest magnitudes of a stream: a sample brackets them, one pass counts inside the bracket.
 
-The magnitude of a float32 is ordered like its bits without the sign. The first pass counts the upper 15 bits,
-the second the lower 16 bits inside the bucket where the k-th entry lies.
+Where the sample led astray, the passes that follow bracket the other side. No sort, no copy of the stream: inside a
+bracket every float32 has a counter of its own, or, in a wide one, shares it with its neighbours until the next pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+
+from mediator_cli.engine.streams import Piece
+from mediator_cli.engine.sweep import Sweep
+from mediator_cli.kernels.ranks import MAGNITUDE, count_offsets, gather_inside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
-    from mediator_cli.engine.streams import Piece
+    from mediator_cli.engine.streams import Inputs
+    from mediator_cli.engine.sweep import Search, Source
+    from mediator_cli.kernels.arrays import Floats
 
-    Ranked = Callable[[Piece], torch.Tensor]
-    Mapper = Callable[[Ranked, Sequence[Piece]], Iterable[torch.Tensor]]
-
-_UPPER = 1 << 15
-_LOWER = 1 << 16
-_RANKS_AT_ONCE = 4
-"""More would read the stream less often, but each takes half a megabyte for every row and slab in flight."""
+_TOP = 0x7F800000
+"""The bits of infinity: all finite magnitudes lie below."""
+_TABLE = 1 << 18
+_SAMPLE, _RUN = 1 << 17, 1 << 12
+"""Entries of a sample, and of each run of neighbours in it."""
+_SIGMAS = 3.0
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k-th largest magnitude, how many entries lie strictly above it, and an upper bound of the largest."""
+    """The k-th largest magnitude, how many entries lie strictly above it, and how many equal it."""
 
     value: float
     n_above: int
-    bound: float
+    n_equal: int
 
 
-def _bits(rows: torch.Tensor) -> torch.Tensor:
-    return rows.abs().contiguous().view(torch.int32)
+@dataclass(frozen=True)
+class Ranked:
+    """A stream whose rows are ranked: its slabs, and what of each slab; rows are [n, m]."""
+
+    source: Source
+    parts: Sequence[Piece]
+    of: Callable[[Piece, Inputs], Floats]
+    n_rows: int
+
+    @property
+    def size(self) -> int:
+        """Entries in each row."""
+        return sum(piece.size for piece in self.parts)
 
 
-def count_upper(rows: torch.Tensor) -> torch.Tensor:
-    """Count the upper 15 bits of the magnitudes in rows [n, m]; int64 [n, 32768]."""
-    return torch.stack([torch.bincount(row, minlength=_UPPER) for row in _bits(rows) >> 16])
+@dataclass(frozen=True)
+class _Bracket:
+    """Where the k-th magnitude of a row is looked for: bits from `low` to `high`, that not included."""
+
+    row: int
+    k: int
+    low: int
+    high: int
+
+    @property
+    def shift(self) -> int:
+        return max(0, (self.high - self.low - 1).bit_length() - _TABLE.bit_length() + 1)
 
 
-def count_lower(rows: torch.Tensor, buckets: Sequence[int]) -> torch.Tensor:
-    """Count the lower 16 bits of the magnitudes whose upper bits are their row's bucket; int64 [n, 65536]."""
-    counts = []
-    for row, bucket in zip(_bits(rows), buckets, strict=True):
-        inside = row[(row >> 16) == bucket] & (_LOWER - 1)
-        counts.append(torch.bincount(inside, minlength=_LOWER))
-    return torch.stack(counts)
+def select(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[Threshold]]]:
+    """Find the k-th largest magnitudes, k by row and rank [n][r]; a k beyond the stream gives 0, k = 0 infinity."""
+    sample = yield from _sample(stream)
+    found: dict[tuple[int, int], Threshold] = {}
+    open_brackets: dict[tuple[int, int], _Bracket] = {}
+    is_whole = sample.shape[1] == stream.size
+    for row, ks in enumerate(ranks):
+        ordered = np.sort(np.abs(sample[row]).view(np.uint32))[::-1]
+        for at, k in enumerate(ks):
+            if k <= 0 or k > stream.size or is_whole:
+                found[row, at] = _known(ordered, k, stream.size)
+            else:
+                open_brackets[row, at] = _guess(row, k, ordered, stream.size)
+    while open_brackets:
+        sweep = _counting(stream, list(open_brackets.values()))
+        ((above, *counts),) = yield [sweep]
+        for place, n_above, table in zip(list(open_brackets), above.tolist(), counts, strict=True):
+            result = _narrow(open_brackets[place], n_above, table)
+            if isinstance(result, Threshold):
+                del open_brackets[place]
+                found[place] = result
+            else:
+                open_brackets[place] = result
+    return [[found[row, at] for at in range(len(ks))] for row, ks in enumerate(ranks)]
 
 
-def select_magnitudes(
-    parts: Sequence[Piece],
-    ranked: Ranked,
-    ks: Sequence[int],
-    mapper: Mapper,
-) -> list[Threshold]:
-    """Find the k-th largest magnitude of each row of a stream; `ranked` gives rows [n, m] of one piece.
+def _sample(stream: Ranked) -> Search[Floats]:
+    """Read runs of neighbours, evenly spread; all of a stream that is no larger. Gives [n, entries]."""
+    parts = stream.parts if stream.size <= _SAMPLE else _runs(stream.parts, stream.size)
+    places: dict[Piece, int] = {}
+    filled = 0
+    for piece in parts:
+        places[piece] = filled
+        filled += piece.size
+    sample = np.zeros((stream.n_rows, filled), np.float32)
 
-    k = 0 gives an infinite threshold; a k beyond the stream gives 0.
-    """
-    return [found for (found,) in select_ranks(parts, ranked, [[k] for k in ks], mapper)]
+    def look(piece: Piece, inputs: Inputs) -> None:
+        sample[:, places[piece] : places[piece] + piece.size] = stream.of(piece, inputs)
 
-
-def select_ranks(
-    parts: Sequence[Piece],
-    ranked: Ranked,
-    ranks: Sequence[Sequence[int]],
-    mapper: Mapper,
-) -> list[list[Threshold]]:
-    """Find several largest magnitudes of each row, as many in all rows: `ranks` [n][r]; see `select_magnitudes`."""
-    n_ranks = len(ranks[0])
-    upper = _total(mapper(lambda piece: count_upper(ranked(piece)), parts), len(ranks), _UPPER)
-    found: list[list[Threshold]] = [[] for _ in ranks]
-    for first in range(0, n_ranks, _RANKS_AT_ONCE):
-        chunk = [list(row[first : first + _RANKS_AT_ONCE]) for row in ranks]
-        for row, more in zip(found, _refine(parts, ranked, upper, chunk, mapper), strict=True):
-            row += more
-    return found
-
-
-def _refine(
-    parts: Sequence[Piece], ranked: Ranked, upper: torch.Tensor, ranks: list[list[int]], mapper: Mapper
-) -> list[list[Threshold]]:
-    """Look into the buckets where the entries of these ranks lie: [n][r]."""
-    buckets = [[_bucket_of(row, k) for k in ks] for row, ks in zip(upper, ranks, strict=True)]
-    wanted = [[buckets[row][at][0] for row in range(len(ranks))] for at in range(len(ranks[0]))]
-
-    def count(piece: Piece) -> torch.Tensor:
-        rows = ranked(piece)
-        return torch.cat([count_lower(rows, chosen) for chosen in wanted])
-
-    lower = _total(mapper(count, parts), len(wanted) * len(ranks), _LOWER)
-    found: list[list[Threshold]] = []
-    for row, (ks, places) in enumerate(zip(ranks, buckets, strict=True)):
-        found.append([])
-        for at, (k, (bucket, above)) in enumerate(zip(ks, places, strict=True)):
-            inner, n_above = _bucket_of(lower[at * len(ranks) + row], k - above)
-            found[row].append(_threshold(bucket, inner, above + n_above, k, upper[row]))
-    return found
-
-
-def select_passes(n_ranks: int) -> int:
-    """Count how often a stream is read to find that many ranks."""
-    return 1 + -(-n_ranks // _RANKS_AT_ONCE)
-
-
-def _total(counts: Iterable[torch.Tensor], n: int, width: int) -> torch.Tensor:
-    total = torch.zeros(n, width, dtype=torch.int64)
-    for count in counts:
-        total += count
+    ((total,),) = yield [Sweep(stream.source, parts, look, lambda: [sample], quick=True)]
     return total
 
 
-def _bucket_of(counts: torch.Tensor, k: int) -> tuple[int, int]:
-    """Find the bucket of the k-th largest and the number of entries above that bucket."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, k)) if k > 0 else 0
-    position = min(position, len(counts) - 1)
-    return len(counts) - 1 - position, int(from_top[position - 1]) if position else 0
+def _runs(parts: Sequence[Piece], size: int) -> list[Piece]:
+    """Cut runs of neighbours out of the slabs in which evenly spread positions lie."""
+    n_runs = _SAMPLE // _RUN
+    wanted = [(2 * at + 1) * size // (2 * n_runs) for at in range(n_runs)]
+    chosen: list[Piece] = []
+    before = 0
+    for piece in parts:
+        while len(chosen) < n_runs and wanted[len(chosen)] < before + piece.size:
+            start = min(piece.start + wanted[len(chosen)] - before, max(piece.start, piece.stop - _RUN))
+            chosen.append(Piece(piece.tensor, start, min(start + _RUN, piece.stop)))
+        before += piece.size
+    return list(dict.fromkeys(chosen))
 
 
-def _threshold(bucket: int, inner: int, n_above: int, k: int, upper: torch.Tensor) -> Threshold:
-    filled = torch.nonzero(upper)
-    top = int(filled[-1]) if len(filled) else 0
-    bound = _float_of(((top + 1) << 16) - 1) if top < _UPPER - 1 else float("inf")
+def _known(ordered: Floats, k: int, size: int) -> Threshold:
+    """Give a threshold that needs no more passes; `ordered` has the bits of all entries, the largest first."""
     if k <= 0:
-        return Threshold(float("inf"), 0, bound)
-    if k > int(upper.sum()):
-        return Threshold(0.0, int(upper.sum()), bound)
-    return Threshold(_float_of((bucket << 16) | inner), n_above, bound)
+        return Threshold(float("inf"), 0, 0)
+    if k > size:
+        return Threshold(0.0, int(np.count_nonzero(ordered)) if len(ordered) == size else size, 0)
+    bits = int(ordered[k - 1])
+    n_above = int(np.count_nonzero(ordered > bits))
+    return Threshold(_float_of(bits), n_above, int(np.count_nonzero(ordered == bits)))
+
+
+def _guess(row: int, k: int, ordered: Floats, size: int) -> _Bracket:
+    """Bracket the k-th of all by the order of a sample, wide enough but for few samples in a thousand."""
+    n, share = len(ordered), k / size
+    margin = _SIGMAS * math.sqrt(max(share * (1 - share), 1 / n) / n) * n + 1
+    first, last = math.floor(share * n - margin), math.ceil(share * n + margin)
+    high = int(ordered[first]) + 1 if first >= 0 else _TOP
+    low = int(ordered[last]) if last < n else 0
+    return _Bracket(row, k, low, high)
+
+
+def _counting(stream: Ranked, brackets: Sequence[_Bracket]) -> Sweep:
+    """Count what lies above each bracket and, with a table for each, inside it."""
+    above = np.zeros(len(brackets), np.int64)
+    # All entries may be equal, as zeros are where an expert is the base.
+    kind = np.uint32 if stream.size < 1 << 32 else np.uint64
+    tables: list[Any] = [np.zeros(((b.high - b.low - 1) >> b.shift) + 1, kind) for b in brackets]
+    locks = [Lock() for _ in brackets]
+
+    def look(piece: Piece, inputs: Inputs) -> None:
+        rows = stream.of(piece, inputs)
+        gathered = np.empty(piece.size, np.uint32)
+        for at, bracket in enumerate(brackets):
+            n_above, n_found = gather_inside(rows[bracket.row], bracket.low, bracket.high - bracket.low, gathered)
+            with locks[at]:
+                above[at] += n_above
+                count_offsets(gathered, n_found, bracket.shift, tables[at])
+
+    return Sweep(stream.source, stream.parts, look, lambda: [above, *tables])
+
+
+def _narrow(bracket: _Bracket, n_above: int, table: Floats) -> _Bracket | Threshold:
+    """Look up the counter in which the k-th entry lies; where it lies outside the bracket, turn to that side."""
+    from_top = np.cumsum(table[::-1], dtype=np.int64)
+    if bracket.k <= n_above:
+        return replace(bracket, low=bracket.high, high=_TOP)
+    if bracket.k > n_above + int(from_top[-1]):
+        return replace(bracket, low=0, high=bracket.low)
+    position = int(np.searchsorted(from_top, bracket.k - n_above))
+    before = int(from_top[position - 1]) if position else 0
+    low = bracket.low + ((len(table) - 1 - position) << bracket.shift)
+    if bracket.shift:
+        return replace(bracket, low=low, high=min(low + (1 << bracket.shift), bracket.high))
+    return Threshold(_float_of(low), n_above + before, int(from_top[position]) - before)
 
 
 def _float_of(bits: int) -> float:
-    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
+    return float(np.uint32(bits & MAGNITUDE).view(np.float32))

@@ -7,28 +7,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.adapter.read import AdapterReader
+from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.checkpoint.read import FullReader, MappedReader, open_files
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.errors import CheckpointError, OutputError, Problem
+from mediator_cli.kernels.random import fill_uniforms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from mediator_cli.checkpoint.digest import Digests
     from mediator_cli.checkpoint.read import Reader
     from mediator_cli.checkpoint.spans import Layout
+    from mediator_cli.kernels.arrays import Doubles, Floats
     from mediator_cli.methods.registry import Space
     from mediator_cli.plan.model import ExpertSource, Plan
 
-BLOCK = 1 << 16
-"""Elements in a fixed block. Sums and random numbers are per block; slabs are whole blocks, so they change nothing."""
-RUNTIME_BYTES = 400 << 20
-"""Memory of the interpreter with torch, before anything is read."""
-_BLOCKS_PER_SLAB = 2
+RUNTIME_BYTES = 160 << 20
+"""Memory of the interpreter with its compiled kernels, before anything is read."""
+_TABLE_BYTES = 64 << 20
+"""What the search for thresholds holds beside the slabs, at most."""
+_ROW_BLOCKS = 20
+"""Blocks of all experts and the base in a slab, about: more leave the processor's cache, fewer are much overhead."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Budget:
     slab: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Elements `start` to `stop` of one tensor."""
 
@@ -47,14 +52,30 @@ class Piece:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One slab of all experts: rows [n, m], and the base [m] where the rows are deltas."""
+
+    rows: Floats
+    base: Floats | None
+
 
 def make_budget(n_experts: int, workers: int, memory: int, resident: int = RUNTIME_BYTES) -> Budget:
-    """Choose the largest slab, up to two blocks, with which all workers fit in `memory` bytes beside `resident`.
+    """Choose the largest slab, up to what suits the processor, with which all workers fit in `memory` bytes.
+
+    `resident` is there before.
 
     Raises OutputError when not even one worker with one block does.
     """
+    most = max(1, min(4, _ROW_BLOCKS // (n_experts + 1)))
     for count in range(workers, 0, -1):
-        for blocks in range(_BLOCKS_PER_SLAB, 0, -1):
+        for blocks in range(most, 0, -1):
             if peak_bytes(n_experts, Budget(count, blocks * BLOCK), resident) <= memory:
                 return Budget(count, blocks * BLOCK)
     least = peak_bytes(n_experts, Budget(1, BLOCK), resident)
@@ -63,8 +84,8 @@ def make_budget(n_experts: int, workers: int, memory: int, resident: int = RUNTI
 
 
 def peak_bytes(n_experts: int, budget: Budget, resident: int = RUNTIME_BYTES) -> int:
-    """Estimate the peak memory of streaming: what is there before, and about six float32 slabs per expert."""
-    return resident + budget.workers * budget.slab * 4 * (6 * n_experts + 8)
+    """Estimate the peak memory of streaming: what is there before, tables, and about four float32 slabs per expert."""
+    return resident + _TABLE_BYTES + budget.workers * budget.slab * 4 * (4 * n_experts + 8)
 
 
 def pieces(tensor: str, size: int, slab: int) -> list[Piece]:
@@ -83,81 +104,89 @@ class Streams:
     base: Reader
     experts: tuple[Reader, ...]
     names: tuple[str, ...]
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, Doubles]
     seed: int
 
-    def inputs(self, piece: Piece, space: Space) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read one slab of all experts [n, m] and, for deltas, of the base [m]."""
-        tensors = torch.stack([reader.read(piece.tensor, piece.start, piece.stop) for reader in self.experts])
+    def inputs(self, piece: Piece, space: Space) -> Inputs:
+        """Read one slab of all experts and, for deltas, of the base."""
+        rows = np.empty((len(self.experts), piece.size), np.float32)
+        for name, reader, row in zip(self.names, self.experts, rows, strict=True):
+            fill(reader, f"expert {name}", piece, row)
         if space == "weight":
-            self._check(tensors, None, piece)
-            return tensors, None
-        base = self.base.read(piece.tensor, piece.start, piece.stop)
-        tensors -= base
-        self._check(tensors, base, piece)
-        return tensors, base
+            return Inputs(rows, None)
+        base = np.empty(piece.size, np.float32)
+        fill(self.base, "base", piece, base)
+        rows -= base
+        return Inputs(rows, base)
 
-    def deltas(self, piece: Piece) -> torch.Tensor:
-        """Read one slab of all deltas [n, m]."""
-        return self.inputs(piece, "delta")[0]
+    def deltas(self, piece: Piece) -> Inputs:
+        """Read one slab of all deltas."""
+        return self.inputs(piece, "delta")
 
-    def uniforms(self, piece: Piece) -> torch.Tensor:
-        """Draw uniform numbers in [0, 1) for one slab [n, m], from (seed, expert, tensor, block) alone."""
-        return torch.stack([uniform_slab(self.seed, name, piece) for name in self.names])
+    def tensors(self, piece: Piece) -> Inputs:
+        """Read one slab of all experts' own parameters."""
+        return self.inputs(piece, "weight")
 
-    def _check(self, tensors: torch.Tensor, base: torch.Tensor | None, piece: Piece) -> None:
-        # A finite sum proves that every entry is finite, in one pass.
-        if torch.isfinite(tensors.sum()):
-            return
-        if base is not None:
-            check_finite(base, "base", piece)
-        for name, tensor in zip(self.names, tensors, strict=True):
-            check_finite(tensor, f"delta of expert {name}" if base is not None else f"expert {name}", piece)
+    def uniforms(self, piece: Piece) -> Floats:
+        """Draw uniform numbers in [0, 1) for one slab [n, m], from (seed, expert, tensor, position) alone."""
+        rows = np.empty((len(self.names), piece.size), np.float32)
+        for name, row in zip(self.names, rows, strict=True):
+            draw(self.seed, name, piece, row)
+        return rows
 
 
-def check_finite(tensor: torch.Tensor, who: str, piece: Piece) -> None:
-    """Raise CheckpointError with the first entry that is NaN or infinite."""
-    bad = torch.nonzero(~torch.isfinite(tensor))
-    if len(bad):
-        message = f"{who} is {tensor[bad[0, 0]].item()} at flat index {piece.start + int(bad[0, 0])}"
-        hint = "the fine-tune diverged or the file is damaged; leave it out or fetch it again"
-        raise CheckpointError(Problem(piece.tensor, message, hint))
+def fill(reader: Reader, who: str, piece: Piece, out: Floats) -> None:
+    """Read one slab; raise CheckpointError with the first entry that is NaN or infinite."""
+    if not reader.read_into(piece.tensor, piece.start, piece.stop, out):
+        raise not_finite(out, who, piece)
 
 
-def uniform_slab(seed: int, name: str, piece: Piece) -> torch.Tensor:
-    """Draw the uniform numbers of one expert for one slab [m]; the slab starts on a block."""
-    blocks = []
-    for block in range(piece.start // BLOCK, -(-piece.stop // BLOCK)):
-        key = hashlib.blake2b(f"{seed}\0{name}\0{piece.tensor}\0{block}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        blocks.append(torch.rand(BLOCK, generator=generator))
-    return torch.cat(blocks)[: piece.stop - piece.start]
+def not_finite(values: Floats, who: str, piece: Piece) -> CheckpointError:
+    """Say which entry of a slab is the first that is no finite number."""
+    at = int(np.argmin(np.isfinite(values)))
+    message = f"{who} is {values[at]} at flat index {piece.start + at}"
+    hint = "the fine-tune diverged or the file is damaged; leave it out or fetch it again"
+    return CheckpointError(Problem(piece.tensor, message, hint))
+
+
+def draw(seed: int, name: str, piece: Piece, out: Floats) -> None:
+    """Draw the uniform numbers of one expert for one slab [m]."""
+    key = hashlib.blake2b(f"{seed}\0{name}\0{piece.tensor}".encode(), digest_size=8).digest()
+    fill_uniforms(int.from_bytes(key, "little") >> 1, piece.start, out)
 
 
 @contextmanager
-def open_streams(plan: Plan) -> Iterator[Streams]:
-    """Open all files of a plan for reading."""
+def open_streams(plan: Plan, digests: Digests | None = None) -> Iterator[Streams]:
+    """Open all files of a plan for reading; `digests` take note of the sources' tensors as they pass by."""
     files = [*weight_files(plan.base.tensors)]
     for expert in plan.experts:
         files += weight_files(expert.tensors)
     with open_files(files) as descriptors:
-        stored = FullReader(descriptors, plan.base.tensors)
+        stored = FullReader(descriptors, plan.base.tensors, digests)
         own: dict[str, Reader] = {"base": stored}
-        own |= {expert.name: _own_reader(expert, stored, descriptors) for expert in plan.experts}
+        own |= {expert.name: _own_reader(expert, stored, descriptors, digests) for expert in plan.experts}
         readers = {name: _mapped(name, own, plan.vocabulary.get(name, {})) for name in own}
         names = tuple(expert.name for expert in plan.experts)
-        weights = {tensor.name: torch.tensor(tensor.weights, dtype=torch.float64) for tensor in plan.tensors}
+        weights = {tensor.name: np.array(tensor.weights, np.float64) for tensor in plan.tensors}
         experts = tuple(readers[name] for name in names)
         yield Streams(stored, readers["base"], experts, names, weights, plan.loaded.recipe.seed)
 
 
-def _own_reader(expert: ExpertSource, base: FullReader, descriptors: Mapping[Path, int]) -> Reader:
+def _own_reader(
+    expert: ExpertSource, base: FullReader, descriptors: Mapping[Path, int], digests: Digests | None
+) -> Reader:
     """Read an expert's tensors under the base's names."""
     if isinstance(expert.source, Adapter):
         return AdapterReader(base, descriptors, expert.source)
-    stored = FullReader(descriptors, expert.source.tensors)
+    stored = FullReader(descriptors, expert.source.tensors, digests)
     return _mapped(expert.name, {expert.name: stored}, expert.layout)
 
 
 def _mapped(name: str, readers: Mapping[str, Reader], layout: Layout) -> Reader:
     return MappedReader(name, readers, layout) if layout else readers[name]
+
+
+def cut(tensors: Mapping[str, int] | Sequence[tuple[str, int]], slab: int) -> list[Piece]:
+    """Cut tensors, given with their sizes, into slabs, tensor by tensor."""
+    items = tensors.items() if hasattr(tensors, "items") else tensors
+    return [piece for name, size in items for piece in pieces(name, size, slab)]

@@ -141,7 +141,8 @@ def _list(experts: Sequence[str]) -> str:
 
 def _beside_dense(manifest: Manifest, part: str) -> int:
     """Count the bytes that a part needs beside the dense expert."""
-    sparse = sum(r.file.bytes for r in manifest.sparse if part in (ROUTED, ORACLE, r.expert))
+    used = [record for record in manifest.sparse if part in (ROUTED, ORACLE, record.expert)]
+    sparse = sum(file.bytes for record in used for file in record.files)
     router = manifest.router.file.bytes if manifest.router is not None and part == ROUTED else 0
     return sparse + router
 
@@ -169,8 +170,10 @@ def load_candidate(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTok
 
 def _add_adapter(model: PreTrainedModel, folder: Path, base: Path) -> None:
     """Add scale · B·A to each tensor that the adapter changes, as a merge reads it: in float32, rounded once."""
+    import torch
+
     from mediator_cli.checkpoint.adapter.read import AdapterReader
-    from mediator_cli.checkpoint.read import FullReader, open_files
+    from mediator_cli.checkpoint.read import FullReader, open_files, read_floats
 
     tensors = open_checkpoint(base).tensors
     adapter = open_adapter(folder, tensors)
@@ -182,5 +185,5 @@ def _add_adapter(model: PreTrainedModel, folder: Path, base: Path) -> None:
                 message = "transformers loads this tensor under another name or in another shape"
                 hint = "merge the adapter with PEFT's merge_and_unload and name that folder"
                 raise CheckpointError(Problem(f"{folder}: {name}", message, hint))
-            data = reader.read(name, 0, change.size).view(change.shape)
-            parameters[name].data.copy_(data)
+            data = read_floats(reader, name, 0, change.size).reshape(change.shape)
+            parameters[name].data.copy_(torch.from_numpy(data))

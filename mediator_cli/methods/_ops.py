@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
-from torch.nn.functional import hardshrink
 
+from mediator_cli.kernels.arrays import Doubles, Flags, Floats
+from mediator_cli.methods import _kernels
 from mediator_cli.methods.registry import Over, Params, Slab
 
 Lambda = Annotated[float, Field(allow_inf_nan=False, description="Factor on the merged delta.")]
@@ -33,34 +35,32 @@ Rescale = Annotated[
     Literal["expected", "l1", "none"],
     Field(description="expected: divide by density. l1: restore the L1 norm (mergekit). none."),
 ]
+_MERGES = {"mean": _kernels.MEAN, "sum": _kernels.SUM, "max": _kernels.MAX}
 
 
-def weighted_sum(tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum weights [n] · tensors [n, m] in recipe order; float32 [m]."""
-    total = tensors[0] * weights[0].float()
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += tensor * weight.float()
-    return total
+def floats(values: NDArray[np.generic] | list[float]) -> Floats:
+    """Give values as float32 that lie one after the other, without a copy where they are."""
+    return np.ascontiguousarray(values, np.float32)
 
 
-def ordered_sum(tensors: torch.Tensor) -> torch.Tensor:
-    """Sum tensors [n, m] in recipe order."""
-    total = tensors[0].clone()
-    for tensor in tensors[1:]:
-        total += tensor
-    return total
+def weighted_sum(tensors: Floats, weights: Doubles | list[float], divisor: float = 1.0, factor: float = 1.0) -> Floats:
+    """Sum weights [n] · tensors [n, m] in recipe order, divide, multiply by a factor; float32 [m]."""
+    merged = np.empty(tensors.shape[1], np.float32)
+    _kernels.weighted_sum(floats(tensors), floats(weights), np.float32(divisor), np.float32(factor), merged)
+    return merged
 
 
-def total_weight(weights: torch.Tensor) -> torch.Tensor:
-    """Sum the weights [n] in float64 in recipe order; one float32 number."""
-    return torch.tensor(sum(weights.tolist()), dtype=torch.float32)
+def total_weight(weights: Doubles) -> float:
+    """Sum the weights [n] in float64 in recipe order."""
+    return float(sum(weights.tolist()))
 
 
-def kth_magnitudes(tensors: torch.Tensor, k: int) -> torch.Tensor:
-    """Find the k-th largest magnitude in each row [n, m]; 0 when k reaches the row's length."""
-    if k >= tensors.shape[1]:
-        return torch.zeros(tensors.shape[0])
-    return tensors.abs().kthvalue(tensors.shape[1] - k + 1, dim=1).values
+def kth_magnitudes(tensors: Floats, k: int) -> Floats:
+    """Find the k-th largest magnitude in each row [n, m]; inf for k = 0, 0 when k reaches the row's length."""
+    n, size = tensors.shape
+    if k <= 0 or k >= size:
+        return np.full(n, np.inf if k <= 0 else 0, np.float32)
+    return np.partition(np.abs(tensors), size - k, axis=1)[:, size - k]
 
 
 def trim_count(params: Params, n: int) -> int:
@@ -91,100 +91,121 @@ def breaks_ties_by_majority(params: Params) -> bool:
     return bool(params["zero_sign"] == "majority")
 
 
-def trim_entries(deltas: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Set entries below their row's threshold to zero; entries equal to it all stay.
+def elect(
+    deltas: Floats,
+    thresholds: Floats | None,
+    votes: Doubles | Floats,
+    weights: Doubles | Floats,
+    *,
+    tie: float = 1.0,
+    merge: Merge = "mean",
+    floor: float = -np.inf,
+    factor: float = 1.0,
+) -> Floats:
+    """Merge only the entries of deltas [n, m] whose sign is the elected one (TIES, "disjoint merge"); float32 [m].
 
-    hardshrink keeps what lies strictly above, so it gets the float just below; it has no branch on data as where has.
+    Entries below their row's threshold [n] count as zero; those equal to it all stay. The sign of an entry is that of
+    Σ votes [n] · delta, `tie` where that is zero. Entries weigh `weights` [n]: mean divides by the weights of those
+    who agree, by `floor` at least; sum does not; max takes the largest magnitude.
     """
-    just_below = torch.nextafter(thresholds, torch.tensor(-torch.inf)).tolist()
-    rows = [row if limit < 0 else hardshrink(row, limit) for row, limit in zip(deltas, just_below, strict=True)]
-    return torch.stack(rows)
+    merged = np.empty(deltas.shape[1], np.float32)
+    limits = np.zeros(len(deltas), np.float32) if thresholds is None else floats(thresholds)
+    numbers = np.float32(tie), _MERGES[merge], np.float32(floor), np.float32(factor)
+    _kernels.elect(floats(deltas), limits, floats(votes), floats(weights), *numbers, merged)
+    return merged
 
 
-def elect_signs(weighted: torch.Tensor, zero_sign: torch.Tensor | float) -> torch.Tensor:
-    """Elect one sign for each entry by total mass; a tie takes `zero_sign`."""
-    signs = ordered_sum(weighted).sign()
-    return torch.where(signs == 0, torch.as_tensor(zero_sign, dtype=signs.dtype), signs)
-
-
-def agreeing_merge(weighted: torch.Tensor, weights: torch.Tensor, signs: torch.Tensor, merge: Merge) -> torch.Tensor:
-    """Merge only the entries whose sign is the elected one (TIES, "disjoint merge").
-
-    mean divides by the weights of the agreeing models, sum does not, max takes the largest magnitude.
-    """
-    direction = torch.where(signs > 0, 1.0, -1.0)
-    # Magnitudes of the entries whose sign is the elected one; sums of magnitudes round like sums of signed values.
-    agreeing = (weighted * direction).clamp(0.0, torch.inf)
-    if merge == "max":
-        return agreeing.amax(dim=0) * signs
-    total = ordered_sum(agreeing) * direction
-    if merge == "sum":
-        return total
-    mass = weighted_sum(agreeing.sign(), weights)
-    return total / torch.where(mass == 0, 1.0, mass)
-
-
-def elect_and_merge(
-    trimmed: torch.Tensor, weights: torch.Tensor, majority: torch.Tensor | None, merge: Merge, zero_sign: ZeroSign
-) -> torch.Tensor:
-    """Elect one sign for each entry of trimmed deltas [n, m] and merge what agrees with it (TIES after trimming)."""
+def elect_by_majority(
+    deltas: Floats,
+    thresholds: Floats,
+    weights: Doubles,
+    majority: Doubles | None,
+    merge: Merge,
+    zero_sign: ZeroSign,
+    factor: float,
+) -> Floats:
+    """Trim deltas [n, m], elect signs and merge as TIES does; `majority` [1] is counted here where it is not given."""
     if majority is None and zero_sign == "majority":
-        majority = majority_block(trimmed, weights)
-    weighted = scaled(trimmed, weights)
-    signs = elect_signs(weighted, 1.0 if majority is None else majority.sign())
-    return agreeing_merge(weighted, weights, signs, merge)
+        majority = majority_block(deltas, thresholds, weights)
+    tie = 1.0 if majority is None else float(np.sign(majority[0]))
+    return elect(deltas, thresholds, weights, weights, tie=tie, merge=merge, factor=factor)
 
 
-def drop(deltas: torch.Tensor, uniforms: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep each entry with probability `density`: where its uniform number lies below it."""
-    return deltas * (uniforms < density).float()
+def majority_block(deltas: Floats, thresholds: Floats, weights: Doubles) -> Doubles:
+    """Count elected signs, plus minus minus, of deltas [n, m] trimmed at thresholds [n]; float64 [1]."""
+    return np.array([_kernels.count_signs(floats(deltas), floats(thresholds), floats(weights))], np.float64)
 
 
-def l1_block(slab: Slab) -> torch.Tensor:
-    """Sum |delta| and |kept delta| of one block; float64 [2, n]."""
-    if slab.uniforms is None:
-        raise ValueError("random methods need uniforms")
-    kept = drop(slab.inputs, slab.uniforms, slab.params["density"])
-    return torch.stack([slab.inputs.double().abs().sum(dim=1), kept.double().abs().sum(dim=1)])
+def drop(deltas: Floats, uniforms: Floats, chances: float | Floats) -> Floats:
+    """Keep each entry of deltas [n, m] by its chance, one for all or [n, m]: where its uniform number lies below it."""
+    return _drop(deltas, uniforms, chances, np.ones(len(deltas), np.float32), False)
 
 
-def needs_l1(params: Params) -> bool:
-    """Whether dropped deltas are rescaled by their L1 norm."""
-    return bool(params["rescale"] == "l1")
+def _drop(deltas: Floats, uniforms: Floats, chances: float | Floats, factors: Floats, by_chance: bool) -> Floats:
+    kept = np.empty(deltas.shape, np.float32)
+    deltas, uniforms = floats(deltas), floats(uniforms)
+    if isinstance(chances, np.ndarray):
+        _kernels.drop_each(deltas, uniforms, floats(chances), factors, by_chance, kept)
+    else:
+        factors = factors / np.float32(chances) if by_chance else factors
+        _kernels.drop(deltas, uniforms, np.float32(chances), factors, kept)
+    return kept
 
 
 def drop_and_rescale(
-    deltas: torch.Tensor, uniforms: torch.Tensor, density: float, rescale: Rescale, l1: torch.Tensor | None
-) -> torch.Tensor:
-    """Drop at random, then restore the scale: by 1/density (DARE), by the ratio of L1 norms (mergekit), or not."""
-    kept = drop(deltas, uniforms, density)
-    if rescale == "expected":
-        return kept / density
-    if rescale == "none":
-        return kept
-    norms = _l1(deltas, kept) if l1 is None else l1
-    ratio = torch.where(norms[1] > 0, norms[0] / norms[1].clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-    return kept * ratio.float()[:, None]
+    deltas: Floats, uniforms: Floats, chances: float | Floats, rescale: Rescale, l1: Doubles | None
+) -> Floats:
+    """Drop at random, then restore the scale: by 1/chance (DARE), by the ratio of L1 norms (mergekit), or not."""
+    factors = np.ones(len(deltas), np.float32)
+    if rescale == "l1":
+        before, after = _norms(deltas, drop(deltas, uniforms, chances)) if l1 is None else l1
+        factors = floats(np.divide(before, after, out=np.ones_like(before), where=after > 0))
+    return _drop(deltas, uniforms, chances, factors, rescale == "expected")
 
 
-def _l1(deltas: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return torch.stack([deltas.double().abs().sum(dim=1), kept.double().abs().sum(dim=1)])
+def _norms(deltas: Floats, kept: Floats) -> Doubles:
+    norms = np.empty((2, len(deltas)), np.float64)
+    _kernels.magnitude_sums(floats(deltas), norms[0])
+    _kernels.magnitude_sums(kept, norms[1])
+    return norms
 
 
-def dropped(slab: Slab) -> torch.Tensor:
-    """Give the deltas of a slab as DARE leaves them."""
+def keep_marked(deltas: Floats, marks: Flags) -> Floats:
+    """Set entries of deltas [n, m] that are not marked to zero; marks [n, m], or [1, m] for all."""
+    kept = np.empty(deltas.shape, np.float32)
+    _kernels.keep_marked(floats(deltas), np.ascontiguousarray(marks), kept)
+    return kept
+
+
+def uniforms_of(slab: Slab) -> Floats:
+    """Give the uniform numbers of a random method's slab [n, m]."""
     if slab.uniforms is None:
         raise ValueError("random methods need uniforms")
-    params: dict[str, Any] = dict(slab.params)
-    return drop_and_rescale(slab.inputs, slab.uniforms, params["density"], params["rescale"], slab.statistics.get("l1"))
+    return slab.uniforms
 
 
-def majority_block(trimmed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Count elected signs, plus minus minus, of trimmed deltas [n, m]; float64 [1]."""
-    signs = ordered_sum(scaled(trimmed, weights)).sign()
-    return signs.sum(dtype=torch.float64)[None]
+def chances_of(slab: Slab) -> float | Floats:
+    """Give the chances to stay, of each entry [n, m] where rows decide them, else one for all."""
+    chances: float | Floats = slab.statistics.get("chances", slab.params["density"])
+    return chances
 
 
-def scaled(deltas: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Multiply deltas [n, m] by weights [n] in float32."""
-    return deltas * weights.float()[:, None]
+def l1_block(slab: Slab) -> Doubles:
+    """Sum |delta| and |kept delta| of one block; float64 [2, n]."""
+    return _norms(slab.inputs, drop(slab.inputs, uniforms_of(slab), chances_of(slab)))
+
+
+def two_norms(n: int) -> tuple[int, ...]:
+    """Give the shape of the norms of n deltas before and after dropping."""
+    return 2, n
+
+
+def needs_l1(params: Params) -> bool:
+    """Whether dropped deltas are rescaled by their L1 norm, which is as before where none is dropped."""
+    return bool(params["rescale"] == "l1" and params["density"] < 1)
+
+
+def dropped(slab: Slab) -> Floats:
+    """Give the deltas of a slab as DARE leaves them."""
+    l1 = slab.statistics.get("l1")
+    return drop_and_rescale(slab.inputs, uniforms_of(slab), chances_of(slab), slab.params["rescale"], l1)

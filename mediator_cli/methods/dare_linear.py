@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from mediator_cli.kernels.arrays import Doubles, Floats
 from mediator_cli.methods._ops import (
     KeepChance,
     Lambda,
@@ -13,6 +12,7 @@ from mediator_cli.methods._ops import (
     l1_block,
     needs_l1,
     total_weight,
+    two_norms,
     weighted_sum,
 )
 from mediator_cli.methods.registry import Sum, merge_method, over_tensor
@@ -21,7 +21,7 @@ from mediator_cli.methods.registry import Sum, merge_method, over_tensor
 @merge_method(
     space="delta",
     reference="https://arxiv.org/abs/2311.03099",
-    statistics=(Sum("l1", l1_block, over_tensor, needs_l1),),
+    statistics=(Sum("l1", l1_block, over_tensor, needs_l1, two_norms),),
     presets={
         "mergekit": {"density": 1.0, "rescale": "l1", "normalize": False},
         "fusion_bench": {"density": 0.5, "lambda": 0.3, "normalize": False},
@@ -30,24 +30,25 @@ from mediator_cli.methods.registry import Sum, merge_method, over_tensor
     normalizes=lambda params: bool(params["normalize"]),
 )
 def dare_linear(
-    deltas: torch.Tensor,
-    weights: torch.Tensor,
+    deltas: Floats,
+    weights: Doubles,
     *,
     density: KeepChance = 0.8,
     rescale: Rescale = "expected",
     lambda_: Lambda = 1.0,
     normalize: Normalize = True,
-    uniforms: torch.Tensor,
-    l1: torch.Tensor | None = None,
-) -> torch.Tensor:
+    uniforms: Floats,
+    l1: Doubles | None = None,
+) -> Floats:
     """Drop entries of each delta at random, rescale the rest, then average: W₀ + λ · Σ wₜ·τ̂ₜ / Σ wₜ.
 
     τ̂ₜ = τₜ·m / density with m drawn 1 with probability `density`, which keeps the expectation. Defaults follow the
     authors' command for language models: 20 % dropped, rescaled, averaged. Apt when deltas are small and redundant.
 
-    >>> half = torch.tensor([[0.1, 0.9]])
-    >>> dare_linear(torch.tensor([[1.0, 1.0]]), torch.ones(1), density=0.5, uniforms=half)
-    tensor([2., 0.])
+    >>> import numpy as np
+    >>> half = np.array([[0.1, 0.9]], np.float32)
+    >>> dare_linear(np.ones((1, 2), np.float32), np.ones(1), density=0.5, uniforms=half).tolist()
+    [2.0, 0.0]
     """
-    total = weighted_sum(drop_and_rescale(deltas, uniforms, density, rescale, l1), weights)
-    return (total / total_weight(weights) if normalize else total) * lambda_
+    kept = drop_and_rescale(deltas, uniforms, density, rescale, l1)
+    return weighted_sum(kept, weights, total_weight(weights) if normalize else 1.0, lambda_)

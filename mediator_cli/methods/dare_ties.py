@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from mediator_cli.kernels.arrays import Doubles, Floats
 from mediator_cli.methods._ops import (
     Keep,
     KeepChance,
@@ -16,27 +15,27 @@ from mediator_cli.methods._ops import (
     breaks_ties_by_majority,
     drop_and_rescale,
     dropped,
-    elect_and_merge,
+    elect_by_majority,
     kth_magnitudes,
     l1_block,
     majority_block,
     needs_l1,
     trim_count,
-    trim_entries,
     trims_over,
+    two_norms,
 )
 from mediator_cli.methods.registry import Select, Slab, Sum, always, merge_method, over_tensor
 
 
-def _majority(slab: Slab) -> torch.Tensor:
-    return majority_block(trim_entries(dropped(slab), slab.statistics["thresholds"]), slab.weights)
+def _majority(slab: Slab) -> Doubles:
+    return majority_block(dropped(slab), slab.statistics["thresholds"], slab.weights)
 
 
 @merge_method(
     space="delta",
     reference="https://arxiv.org/abs/2311.03099",
     statistics=(
-        Sum("l1", l1_block, over_tensor, needs_l1),
+        Sum("l1", l1_block, over_tensor, needs_l1, two_norms),
         Select("thresholds", trim_count, trims_over, always, of=dropped),
         Sum("majority", _majority, trims_over, breaks_ties_by_majority),
     ),
@@ -49,8 +48,8 @@ def _majority(slab: Slab) -> torch.Tensor:
     random=True,
 )  # fmt: skip
 def dare_ties(
-    deltas: torch.Tensor,
-    weights: torch.Tensor,
+    deltas: Floats,
+    weights: Doubles,
     *,
     density: KeepChance = 0.8,
     rescale: Rescale = "expected",
@@ -60,23 +59,23 @@ def dare_ties(
     trim: TrimOver = "model",
     keep: Keep = "paper",
     zero_sign: ZeroSign = "majority",
-    uniforms: torch.Tensor,
-    l1: torch.Tensor | None = None,
-    thresholds: torch.Tensor | None = None,
-    majority: torch.Tensor | None = None,
-) -> torch.Tensor:
+    uniforms: Floats,
+    l1: Doubles | None = None,
+    thresholds: Floats | None = None,
+    majority: Doubles | None = None,
+) -> Floats:
     """Drop entries at random and rescale, then merge by TIES.
 
     The authors drop at random and then trim by magnitude; mergekit does not trim (preset `mergekit`). Apt for the
     same cases as `ties`, when deltas are redundant enough to lose entries.
 
-    >>> keep_all = torch.zeros(2, 3)
-    >>> deltas = torch.tensor([[4.0, 1.0, -2.0], [2.0, -3.0, 1.0]])
-    >>> dare_ties(deltas, torch.ones(2), density=1.0, trim_density=0.4, uniforms=keep_all)
-    tensor([ 3., -3., -2.])
+    >>> import numpy as np
+    >>> deltas = np.array([[4, 1, -2], [2, -3, 1]], np.float32)
+    >>> keep_all = np.zeros((2, 3), np.float32)
+    >>> dare_ties(deltas, np.ones(2), density=1.0, trim_density=0.4, uniforms=keep_all).tolist()
+    [3.0, -3.0, -2.0]
     """
     kept = drop_and_rescale(deltas, uniforms, density, rescale, l1)
     if thresholds is None:
         thresholds = kth_magnitudes(kept, trim_count({"density": trim_density, "keep": keep}, deltas.shape[1]))
-    trimmed = trim_entries(kept, thresholds)
-    return elect_and_merge(trimmed, weights, majority, merge, zero_sign) * lambda_
+    return elect_by_majority(kept, thresholds, weights, majority, merge, zero_sign, lambda_)

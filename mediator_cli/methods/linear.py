@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from mediator_cli.kernels.arrays import Doubles, Floats
 from mediator_cli.methods._ops import Normalize, total_weight, weighted_sum
 from mediator_cli.methods.registry import merge_method
 
@@ -15,18 +14,18 @@ from mediator_cli.methods.registry import merge_method
     normalizes=lambda params: bool(params["normalize"]),
 )
 def linear(
-    tensors: torch.Tensor,
-    weights: torch.Tensor,
+    tensors: Floats,
+    weights: Doubles,
     *,
     normalize: Normalize = True,
-) -> torch.Tensor:
+) -> Floats:
     """Average the experts: Σ wₜ·Wₜ / Σ wₜ.
 
     The plain average of checkpoints, also called model soup. Sums run in recipe order in float32, with one
     division at the end. Apt when the experts are close to each other; conflicting changes cancel.
 
-    >>> linear(torch.tensor([[2.0, 4.0], [4.0, 0.0]]), torch.tensor([1.0, 1.0]))
-    tensor([3., 2.])
+    >>> import numpy as np
+    >>> linear(np.array([[2, 4], [4, 0]], np.float32), np.ones(2)).tolist()
+    [3.0, 2.0]
     """
-    total = weighted_sum(tensors, weights)
-    return total / total_weight(weights) if normalize else total
+    return weighted_sum(tensors, weights, total_weight(weights) if normalize else 1.0)

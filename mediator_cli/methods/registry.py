@@ -1,8 +1,9 @@
 """The contract of a merge method: its signature is its schema, its decorator says how to stream it.
 
-A method is a pure function of stacked slabs. Two positional arguments: `deltas [n, m]` (space `delta`)
-or `tensors [n, m]` (space `weight`), and `weights [n]` in float64. Its keyword-only arguments are, by name:
+A method is a pure function of slabs as numpy arrays. Two positional arguments: `deltas [n, m]` (space `delta`)
+or `tensors [n, m]` (space `weight`) in float32, and `weights [n]` in float64. Its keyword-only arguments are, by name:
 statistics that it declares, `uniforms [n, m]` if it is random, and everything else is a parameter of the recipe.
+It gives float32 [m] and never changes what it is given.
 """
 
 from __future__ import annotations
@@ -10,64 +11,92 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from typing import Any, Literal
 
-import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 import mediator_cli.methods as package
 from mediator_cli.errors import Problem, did_you_mean
+from mediator_cli.kernels.arrays import Doubles, Floats
 
 Params = Mapping[str, Any]
 Space = Literal["delta", "weight"]
 Scope = Literal["element"]
 Over = Literal["tensor", "model"]
+Statistics = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Slab:
     """What a statistic sees of one slab: inputs [n, m], weights [n], parameters, statistics found before it."""
 
-    inputs: torch.Tensor
-    weights: torch.Tensor
+    inputs: Floats
+    weights: Doubles
     params: Params
-    statistics: Mapping[str, torch.Tensor]
-    uniforms: torch.Tensor | None
+    statistics: Statistics
+    uniforms: Floats | None
 
 
-def _inputs_of(slab: Slab) -> torch.Tensor:
+def inputs_of(slab: Slab) -> Floats:
+    """Give the inputs as they are."""
     return slab.inputs
 
 
 @dataclass(frozen=True)
 class Select:
-    """A statistic: the k-th largest magnitude of each input, exactly; float32 [n]; 0 where k reaches all entries.
+    """A statistic: the k-th largest magnitude of each input, exactly; float32 [n]; inf for k = 0, 0 if k reaches all.
 
-    `count` gives k from the parameters and the number of entries; `of` what is ranked, default the inputs.
+    `count` gives k from the parameters and the number of entries, or instead of that what the Sum named `among` has
+    counted. `of` gives what is ranked, float32 [n, m], default the inputs; if `joint` it is one row [1, m].
     """
 
     name: str
     count: Callable[[Params, int], int]
     over: Callable[[Params], Over]
     needed: Callable[[Params], bool]
-    of: Callable[[Slab], torch.Tensor] = _inputs_of
+    of: Callable[[Slab], Floats] = inputs_of
+    among: str | None = None
+    joint: bool = False
+
+
+def one_number(n: int) -> tuple[int, ...]:
+    """Say that a sum is a single number."""
+    return (1,)
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A statistic: the sum over fixed blocks of what `block` gives for one block, in float64, in block order."""
+    """A statistic: the sum over fixed blocks of what `block` gives for one block, in float64, in block order.
+
+    `shape` gives the shape of that from the number of inputs.
+    """
 
     name: str
-    block: Callable[[Slab], torch.Tensor]
+    block: Callable[[Slab], Doubles]
     over: Callable[[Params], Over]
     needed: Callable[[Params], bool]
+    shape: Callable[[int], tuple[int, ...]] = one_number
 
 
 Statistic = Select | Sum
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """A statistic: what each entry gets from the whole row in which it lies; [n, m], cut to the slab.
+
+    `find` takes whole rows [n, rows, length] and the parameters and gives an array of that shape. A row runs along
+    the last axis of a tensor; a vector is one row.
+    """
+
+    name: str
+    find: Callable[[Floats, Params], NDArray[Any]]
+    needed: Callable[[Params], bool]
 
 
 def over_tensor(params: Params) -> Over:
@@ -82,15 +111,19 @@ def always(params: Params) -> bool:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method and what the engine and the documentation need to know of it."""
+    """A registered method and what the engine and the documentation need to know of it.
+
+    `check` tells what is wrong with parameters that are valid one by one; the place of its problem is a field's name.
+    """
 
     name: str
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., Floats]
     space: Space
     reference: str
     schema: type[BaseModel]
     scope: Scope = "element"
     statistics: tuple[Statistic, ...] = ()
+    rows: tuple[PerRow, ...] = ()
     presets: Mapping[str, Params] = field(default_factory=dict)
     n_inputs: tuple[int, int | None] = (1, None)
     random: bool = False
@@ -98,6 +131,7 @@ class Method:
     identity_at_one: bool = False
     uses_weights: bool = True
     normalizes: Callable[[Params], bool] | None = None
+    check: Callable[[Params], Problem | None] | None = None
 
     @property
     def summary(self) -> str:
@@ -130,13 +164,24 @@ class ResolvedMethod:
         """The statistics that these parameters call for, in the order in which they must be found."""
         return tuple(statistic for statistic in self.method.statistics if statistic.needed(self.params))
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether these parameters call for statistics of whole rows."""
+        return any(statistic.needed(self.params) for statistic in self.method.rows)
+
+    def find_in_rows(self, inputs: Floats, length: int) -> dict[str, NDArray[Any]]:
+        """Find what entries get from their rows: for inputs [n, m] of whole rows, arrays [n, m] by name."""
+        rows = inputs.reshape(len(inputs), -1, length) if inputs.size else inputs[:, None]
+        needed = [statistic for statistic in self.method.rows if statistic.needed(self.params)]
+        return {statistic.name: statistic.find(rows, self.params).reshape(inputs.shape) for statistic in needed}
+
     def __call__(
         self,
-        inputs: torch.Tensor,
-        weights: torch.Tensor,
-        statistics: Mapping[str, torch.Tensor] | None = None,
-        uniforms: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        inputs: Floats,
+        weights: Doubles,
+        statistics: Statistics | None = None,
+        uniforms: Floats | None = None,
+    ) -> Floats:
         """Combine inputs [n, m] to [m]; a delta method's answer is still to be added to the base."""
         extra: dict[str, Any] = dict(statistics or {})
         if self.method.random:
@@ -150,8 +195,8 @@ _REGISTERED: dict[str, Method] = {}
 def merge_method(*, space: Space, reference: str, **facts: Any) -> Callable[..., Any]:  # noqa: ANN401 - Method's own fields
     """Register a function as a merge method under its own name; `facts` are fields of Method."""
 
-    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        names = {statistic.name for statistic in facts.get("statistics", ())}
+    def register(function: Callable[..., Floats]) -> Callable[..., Floats]:
+        names = {statistic.name for statistic in (*facts.get("statistics", ()), *facts.get("rows", ()))}
         schema = _schema_of(function, names | {"uniforms"})
         _REGISTERED[function.__name__] = Method(function.__name__, function, space, reference, schema, **facts)
         return function
@@ -209,7 +254,8 @@ def resolve_method(
         params = method.schema.model_validate(values).model_dump()
     except ValidationError as error:
         return [_parameter_problem(method, place, item) for item in error.errors(include_url=False)]
-    return ResolvedMethod(method, params)
+    wrong = method.check(params) if method.check else None
+    return [replace(wrong, place=place(wrong.place))] if wrong else ResolvedMethod(method, params)
 
 
 def _parameter_problem(method: Method, place: Callable[[str], str], item: Any) -> Problem:  # noqa: ANN401 - pydantic's dict

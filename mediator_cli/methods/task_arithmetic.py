@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from mediator_cli.kernels.arrays import Doubles, Floats
 from mediator_cli.methods._ops import Lambda, Normalize, total_weight, weighted_sum
 from mediator_cli.methods.registry import merge_method
 
@@ -16,18 +15,18 @@ from mediator_cli.methods.registry import merge_method
     identity_at_one=True,
 )
 def task_arithmetic(
-    deltas: torch.Tensor,
-    weights: torch.Tensor,
+    deltas: Floats,
+    weights: Doubles,
     *,
     lambda_: Lambda = 1.0,
     normalize: Normalize = False,
-) -> torch.Tensor:
+) -> Floats:
     """Add the deltas to the base: W₀ + λ · Σ wₜ·τₜ.
 
     Apt for few experts with little overlap. With many experts choose λ near 1/n; the sum overshoots otherwise.
 
-    >>> task_arithmetic(torch.tensor([[1.0, 0.0], [2.0, 4.0]]), torch.tensor([1.0, 0.5]))
-    tensor([2., 2.])
+    >>> import numpy as np
+    >>> task_arithmetic(np.array([[1, 0], [2, 4]], np.float32), np.array([1.0, 0.5])).tolist()
+    [2.0, 2.0]
     """
-    total = weighted_sum(deltas, weights)
-    return (total / total_weight(weights) if normalize else total) * lambda_
+    return weighted_sum(deltas, weights, total_weight(weights) if normalize else 1.0, lambda_)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from mediator_cli.kernels.arrays import Doubles, Floats
 from mediator_cli.methods._ops import (
     Keep,
     Lambda,
@@ -12,18 +11,17 @@ from mediator_cli.methods._ops import (
     TrimOver,
     ZeroSign,
     breaks_ties_by_majority,
-    elect_and_merge,
+    elect_by_majority,
     kth_magnitudes,
     majority_block,
     trim_count,
-    trim_entries,
     trims_over,
 )
 from mediator_cli.methods.registry import Select, Slab, Sum, always, merge_method
 
 
-def _majority(slab: Slab) -> torch.Tensor:
-    return majority_block(trim_entries(slab.inputs, slab.statistics["thresholds"]), slab.weights)
+def _majority(slab: Slab) -> Doubles:
+    return majority_block(slab.inputs, slab.statistics["thresholds"], slab.weights)
 
 
 @merge_method(
@@ -41,8 +39,8 @@ def _majority(slab: Slab) -> torch.Tensor:
     },
 )
 def ties(
-    deltas: torch.Tensor,
-    weights: torch.Tensor,
+    deltas: Floats,
+    weights: Doubles,
     *,
     density: TrimDensity = 0.2,
     lambda_: Lambda = 1.0,
@@ -50,19 +48,19 @@ def ties(
     trim: TrimOver = "model",
     keep: Keep = "paper",
     zero_sign: ZeroSign = "majority",
-    thresholds: torch.Tensor | None = None,
-    majority: torch.Tensor | None = None,
-) -> torch.Tensor:
+    thresholds: Floats | None = None,
+    majority: Doubles | None = None,
+) -> Floats:
     """Keep each expert's largest changes, elect one sign for each entry, average what agrees with it.
 
     τ̂ₜ = the top `density` of τₜ by magnitude; γ = sign(Σ wₜ·τ̂ₜ); the result is λ · mean of the wₜ·τ̂ₜ whose sign
     is γ. Entries that share the threshold's magnitude all stay, so slightly more than the share may be kept.
     Apt when experts change the same entries in opposite directions. Preset `mergekit` trims per tensor.
 
-    >>> ties(torch.tensor([[4.0, 1.0, -2.0], [2.0, -3.0, 1.0]]), torch.ones(2), density=0.4)
-    tensor([ 3., -3., -2.])
+    >>> import numpy as np
+    >>> ties(np.array([[4, 1, -2], [2, -3, 1]], np.float32), np.ones(2), density=0.4).tolist()
+    [3.0, -3.0, -2.0]
     """
     if thresholds is None:
         thresholds = kth_magnitudes(deltas, trim_count({"density": density, "keep": keep}, deltas.shape[1]))
-    trimmed = trim_entries(deltas, thresholds)
-    return elect_and_merge(trimmed, weights, majority, merge, zero_sign) * lambda_
+    return elect_by_majority(deltas, thresholds, weights, majority, merge, zero_sign, lambda_)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mediator_cli.bundle.sparse import ALIGNMENT, index_codec, most_bytes, most_override_bytes
 from mediator_cli.bundle.sparse_file import HEADER_BYTES, entry_bytes
 from mediator_cli.checkpoint.header import DTYPE_BYTES
-from mediator_cli.engine.extract import may_override
+from mediator_cli.engine.extract.item import may_override
 from mediator_cli.stages.assign import SparseSizes, assign_units
 from mediator_cli.stages.extract import kept_count, most_random
 

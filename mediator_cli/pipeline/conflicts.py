@@ -5,38 +5,28 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from mediator_cli.bundle.manifest import ConflictReport, TensorConflict, UnitScores, read_record
 from mediator_cli.checkpoint.layout import layers_of, place_of, unit_of
-from mediator_cli.engine.reduce import blocks_of, metered, sum_tensors
-from mediator_cli.engine.select import select_magnitudes
-from mediator_cli.engine.streams import pieces
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.pipeline.assign import assign_plan
+from mediator_cli.pipeline.sources import changed_sources
 from mediator_cli.stages.assign import score_limit
 from mediator_cli.stages.conflict import (
     ConflictCounts,
     ConflictScores,
-    at_least,
-    count_block,
-    far_from_mean,
-    moments_block,
     score_counts,
     unpack_counts,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.bundle.manifest import FileRecord
-    from mediator_cli.engine.streams import Budget, Piece, Streams
+    from mediator_cli.bundle.manifest import SourceFile
+    from mediator_cli.kernels.arrays import Doubles
     from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.schema import DenoiseSpec, Measure
     from mediator_cli.stages.assign import Decision
-
-    Masks = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 def denoise_name(denoise: DenoiseSpec) -> str:
@@ -51,32 +41,20 @@ def conflict_passes(denoise: DenoiseSpec) -> int:
     return {"none": 1, "keep_above_std": 2, "top_fraction": 3}[denoise_name(denoise).split()[0]]
 
 
-def measure_conflicts(
-    plan: Plan,
-    streams: Streams,
-    budget: Budget,
-    advance: Callable[[int], None],
-    sources: Mapping[str, tuple[FileRecord, ...]],
+def make_report(
+    plan: Plan, counts: Mapping[str, Doubles], sources: Mapping[str, tuple[SourceFile, ...]]
 ) -> ConflictReport:
-    """Count conflicts in every float tensor and score every unit."""
-    sizes = {tensor.name: tensor.size for tensor in plan.tensors if tensor.average is not None}
-    masks = _masks(plan, streams, sizes, budget, advance)
-
-    def counts(piece: Piece) -> torch.Tensor:
-        deltas = streams.deltas(piece)
-        kept = masks(deltas, piece.tensor)
-        return torch.stack([count_block(*block) for block in zip(blocks_of(deltas), blocks_of(kept), strict=True)])
-
+    """Score every unit from the counts of all float tensors."""
     n = len(plan.experts)
-    summed = sum_tensors(sizes, counts, budget, lambda piece: advance(piece.stop - piece.start))
-    tensors = {name: unpack_counts(vector, n) for name, vector in summed}
-    denoise = denoise_name(plan.loaded.recipe.conflict.denoise)
-    records = {name: TensorConflict(size=sizes[name], **asdict(count)) for name, count in tensors.items()}
-    return _report(plan, denoise, records, sources)
+    sizes = {tensor.name: tensor.size for tensor in plan.tensors}
+    records = {
+        name: TensorConflict(size=sizes[name], **asdict(unpack_counts(vector, n))) for name, vector in counts.items()
+    }
+    return _report(plan, denoise_name(plan.loaded.recipe.conflict.denoise), records, sources)
 
 
 def _report(
-    plan: Plan, denoise: str, tensors: dict[str, TensorConflict], sources: Mapping[str, tuple[FileRecord, ...]]
+    plan: Plan, denoise: str, tensors: dict[str, TensorConflict], sources: Mapping[str, tuple[SourceFile, ...]]
 ) -> ConflictReport:
     granularity = plan.loaded.recipe.conflict.unit
     members: dict[str, list[ConflictCounts]] = {unit: [] for unit in plan.units}
@@ -84,7 +62,7 @@ def _report(
         members[unit_of(name, granularity)].append(_counts(record))
     units = {unit: UnitScores(**asdict(score_counts(counts))) for unit, counts in members.items() if counts}
     return ConflictReport(
-        schema_version=1,
+        schema_version=2,
         experts=tuple(expert.name for expert in plan.experts),
         sources=dict(sources),
         denoise=denoise,
@@ -94,43 +72,6 @@ def _report(
     )
 
 
-def _masks(
-    plan: Plan, streams: Streams, sizes: dict[str, int], budget: Budget, advance: Callable[[int], None]
-) -> Masks:
-    denoise = plan.loaded.recipe.conflict.denoise
-    if denoise.keep_above_std is not None:
-        n_std = denoise.keep_above_std
-        moments = _moments(streams, sizes, budget, advance)
-        return lambda deltas, name: far_from_mean(deltas, moments[name], sizes[name], n_std)
-    if denoise.top_fraction is not None:
-        thresholds = _thresholds(streams, sizes, denoise.top_fraction, budget, advance)
-        return lambda deltas, name: at_least(deltas, thresholds[name])
-    return lambda deltas, name: deltas != 0
-
-
-def _moments(
-    streams: Streams, sizes: dict[str, int], budget: Budget, advance: Callable[[int], None]
-) -> dict[str, torch.Tensor]:
-    def values(piece: Piece) -> torch.Tensor:
-        return torch.stack([moments_block(block) for block in blocks_of(streams.deltas(piece))])
-
-    return dict(sum_tensors(sizes, values, budget, lambda piece: advance(piece.stop - piece.start)))
-
-
-def _thresholds(
-    streams: Streams, sizes: dict[str, int], fraction: float, budget: Budget, advance: Callable[[int], None]
-) -> dict[str, torch.Tensor]:
-    n = len(streams.names)
-
-    def one(name: str) -> torch.Tensor:
-        k = max(1, int(sizes[name] * fraction))
-        found = select_magnitudes(pieces(name, sizes[name], budget.slab), streams.deltas, [k] * n, map)
-        return torch.tensor([threshold.value for threshold in found])
-
-    names = [name for name, size in sizes.items() if size]
-    return dict(zip(names, metered(one, names, budget, lambda name: advance(2 * sizes[name])), strict=True))
-
-
 def scores_by_measure(plan: Plan, report: ConflictReport) -> dict[str, float]:
     """Return each unit's score by the recipe's measure; 0 for a unit without entries."""
     measure = plan.loaded.recipe.conflict.measure
@@ -138,7 +79,7 @@ def scores_by_measure(plan: Plan, report: ConflictReport) -> dict[str, float]:
     return {unit: scores.get(unit, 0.0) for unit in plan.units}
 
 
-def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[FileRecord, ...]]) -> ConflictReport:
+def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[SourceFile, ...]]) -> ConflictReport:
     """Read a conflict report for this plan; its unit may differ, its experts, sources and denoising may not."""
     report = read_record(file, ConflictReport, "conflict report")
     wanted = denoise_name(plan.loaded.recipe.conflict.denoise)
@@ -148,12 +89,10 @@ def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[FileRecord,
         problems.append(Problem(str(file), f"is about experts {', '.join(report.experts)}", hint))
     if report.denoise != wanted:
         problems.append(Problem(str(file), f"was denoised by {report.denoise}, the recipe says {wanted}", hint))
-    if set(report.tensors) != {tensor.name for tensor in plan.tensors if tensor.average is not None}:
+    if set(report.tensors) != {tensor.name for tensor in plan.tensors if tensor.average is not None and tensor.size}:
         problems.append(Problem(str(file), "is about other tensors", hint))
-    for name, files in sources.items():
-        known = [record.sha256 for record in report.sources.get(name, ())]
-        if known != [record.sha256 for record in files]:
-            problems.append(Problem(str(file), f"was measured on other weights of {name}", hint))
+    for name in changed_sources(sources, report.sources):
+        problems.append(Problem(str(file), f"was measured on other weights of {name}", hint))
     if problems:
         raise BundleError(problems)
     return _report(plan, wanted, report.tensors, sources)

@@ -1,24 +1,33 @@
-"""What a merge will read, write and hold in memory, from the plan alone."""
+"""What a merge will read, write and hold in memory, from the plan alone, and how long it will take on this machine."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import peak_bytes
 from mediator_cli.pipeline.assign import sparse_sizes
-from mediator_cli.pipeline.conflicts import conflict_passes
+from mediator_cli.pipeline.cost import (
+    STAGES,
+    conflict_share,
+    merge_passes,
+    passed_over,
+    source_bytes,
+    survey_passes,
+)
 from mediator_cli.pipeline.download import far_files_of, free_bytes
-from mediator_cli.pipeline.merge import Settings, budget_of, dense_bytes, output_folder, resident_bytes
+from mediator_cli.pipeline.forecast import Amounts, extracted_bytes, forecast, traffic_of
 from mediator_cli.pipeline.record import method_records
+from mediator_cli.pipeline.settings import Settings, budget_of, dense_bytes, output_folder
 from mediator_cli.recipe.sizes import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from mediator_cli.pipeline.cost import Stage
+    from mediator_cli.pipeline.forecast import Cache, Constants, Forecast, Traffic
     from mediator_cli.plan.model import Plan
 
 
@@ -39,9 +48,24 @@ class MethodReport(BaseModel):
     n_tensors: int
 
 
-class PlanReport(BaseModel):
-    """The plan in numbers; sizes in bytes, `sparse_bytes` from the least to the most that the rule can route.
+Range = tuple[float, float]
+"""From the least to the most that the rule can route."""
 
+
+class StageReport(BaseModel):
+    """Bytes that a stage reads, all passes together, and writes; seconds with the sources in memory, or on the disk."""
+
+    read_bytes: tuple[int, int]
+    written_bytes: tuple[int, int]
+    warm: Range | None = None
+    cold: Range | None = None
+
+
+class PlanReport(BaseModel):
+    """The plan in numbers; sizes in bytes, pairs from the least to the most that the rule can route.
+
+    `seconds` are those of all stages for sources that are in memory (warm) or not (cold), as `sources_are` tells; None
+    where nothing was measured. Downloads come on top.
     `download_bytes` is by source, and empty where all weights are on disk. `weights` are the least and the most merge
     weight of each expert over the tensors that are merged.
     """
@@ -56,6 +80,9 @@ class PlanReport(BaseModel):
     settings_from: dict[str, str]
     download_bytes: dict[str, int]
     read_bytes: dict[str, int]
+    stages: dict[str, StageReport]
+    seconds: Range | None = None
+    sources_are: Literal["warm", "cold"] | None = None
     dense_bytes: int
     sparse_bytes: tuple[int, int]
     peak_memory: int
@@ -67,8 +94,16 @@ class PlanReport(BaseModel):
     notices: tuple[str, ...]
 
 
-def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanReport:
-    """Put a plan in numbers; reads nothing but free disk space."""
+def describe_plan(
+    plan: Plan,
+    output: Path | None,
+    settings: Settings,
+    constants: Constants | None = None,
+    cache: Cache | None = None,
+) -> PlanReport:
+    """Put a plan in numbers; reads nothing but free disk space. Seconds are foretold from `constants`."""
+    amounts = amounts_of(plan)
+    foretold = None if constants is None else [forecast(plan, settings, constants, some) for some in amounts]
     budget = budget_of(plan, settings)
     target = output_folder(plan, output)
     return PlanReport(
@@ -79,10 +114,13 @@ def describe_plan(plan: Plan, output: Path | None, settings: Settings) -> PlanRe
         assignment=_assignment(plan),
         settings_from=_winners(plan),
         download_bytes={name: sum(file.n_bytes for file in files) for name, files in far_files_of(plan).items()},
-        read_bytes=_reads(plan),
+        read_bytes=_reads(plan, amounts[1]),
+        stages=_stages([traffic_of(plan, some) for some in amounts], foretold),
+        seconds=_ends(each.seconds(cache or "warm") for each in foretold) if foretold else None,
+        sources_are=(cache or "warm") if foretold else None,
         dense_bytes=dense_bytes(plan),
         sparse_bytes=_sparse_range(plan),
-        peak_memory=peak_bytes(len(plan.experts), budget, resident_bytes(plan)),
+        peak_memory=peak_bytes(len(plan.experts), budget),
         workers=budget.workers,
         free_disk=free_bytes(target),
         methods=tuple(MethodReport(**record.model_dump()) for record in method_records(plan)),
@@ -128,23 +166,45 @@ def _assignment(plan: Plan) -> str:
     return f"route of {len(plan.candidates)} candidates: {rule} ({plan.loaded.recipe.conflict.measure})"
 
 
-def _reads(plan: Plan) -> dict[str, int]:
-    per_pass = sum(info.n_bytes for info in plan.base.tensors.values())
-    per_pass += sum(info.n_bytes for expert in plan.experts for info in expert.tensors.values())
-    rule = plan.loaded.recipe.assign.rule
-    sizes = sum(tensor.size for tensor in plan.tensors)
-    ranked = sum(group.n_read for group in group_by_method(plan.tensors)) / max(1, sizes)
-    measured = 0 if rule == "none" else conflict_passes(plan.loaded.recipe.conflict.denoise)
-    extract = plan.loaded.recipe.extract
-    passes = (3 if extract.values in ("sign", "int8") else 2) + (extract.over == "model")
-    routed = _routed_share(plan)[1] * passes
+def _reads(plan: Plan, most: Amounts) -> dict[str, int]:
+    """Count bytes by what they are read for; passes that serve two ends count for the first."""
+    once, counted = sum(source_bytes(plan).values()), conflict_share(plan)
+    ranked = survey_passes(plan) - counted + merge_passes(plan) - 1
     return {
-        "digest sources": per_pass,
-        "measure conflict": measured * per_pass,
-        "rank deltas": int(ranked * per_pass),
-        "average": per_pass,
-        "extract experts": int(routed * per_pass),
+        "measure conflict": round(counted * once),
+        "rank deltas": round(ranked * once),
+        "average": once,
+        "extract experts": round(extracted_bytes(plan, most)),
+        "digest sources": passed_over(plan),
     }
+
+
+def _stages(traffic: Sequence[Mapping[Stage, Traffic]], foretold: Sequence[Forecast] | None) -> dict[str, StageReport]:
+    found: dict[str, StageReport] = {}
+    for stage in STAGES:
+        read, written = _ends(each[stage].read for each in traffic), _ends(each[stage].written for each in traffic)
+        report = StageReport(read_bytes=_whole(read), written_bytes=_whole(written))
+        if foretold is not None:
+            warm, cold = _ends(each.warm[stage] for each in foretold), _ends(each.cold[stage] for each in foretold)
+            report = report.model_copy(update={"warm": warm, "cold": cold})
+        found[stage] = report
+    return found
+
+
+def _ends(values: Iterable[float]) -> Range:
+    low, high = values
+    return low, high
+
+
+def _whole(ends: Range) -> tuple[int, int]:
+    return round(ends[0]), round(ends[1])
+
+
+def amounts_of(plan: Plan) -> tuple[Amounts, Amounts]:
+    """Bound what the rule can route."""
+    shares, sizes = _routed_share(plan), sum(tensor.size for tensor in plan.tensors)
+    low, high = (Amounts(share * sizes, n_bytes) for share, n_bytes in zip(shares, _sparse_range(plan), strict=True))
+    return low, high
 
 
 def _routed_share(plan: Plan) -> tuple[float, float]:

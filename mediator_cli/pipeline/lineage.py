@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from mediator_cli.engine.reduce import sum_blocks
-from mediator_cli.engine.streams import BLOCK, Piece
+from mediator_cli.checkpoint.blocks import BLOCK
+from mediator_cli.engine.streams import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mediator_cli.engine.streams import Streams
+    from mediator_cli.kernels.arrays import Doubles
     from mediator_cli.plan.model import Plan, TensorPlan
 
 FAR = 0.5
@@ -36,16 +37,15 @@ def delta_sizes(streams: Streams, tensors: Sequence[TensorPlan]) -> list[float]:
     """Estimate |delta| / |base| of each expert over one block in the middle of evenly spread matrices."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and tensor.size] or list(tensors)
     chosen = matrices[:: max(1, math.ceil(len(matrices) / _SAMPLED))]
-    sums = sum_blocks(_squares(streams, tensor)[None] for tensor in chosen)
     if not chosen:
         return [0.0] * len(streams.names)
-    base, *deltas = sums.tolist()
+    base, *deltas = np.sum([_squares(streams, tensor) for tensor in chosen], axis=0).tolist()
     return [math.sqrt(delta / base) if base else 0.0 for delta in deltas]
 
 
-def _squares(streams: Streams, tensor: TensorPlan) -> torch.Tensor:
+def _squares(streams: Streams, tensor: TensorPlan) -> Doubles:
+    """Sum the squares of base and deltas over one block; [n + 1]."""
     start = tensor.size // 2 // BLOCK * BLOCK
-    piece = Piece(tensor.name, start, min(start + BLOCK, tensor.size))
-    deltas, base = streams.inputs(piece, "delta")
-    rows = deltas if base is None else torch.cat([base[None], deltas])
-    return rows.double().square().sum(dim=1)
+    inputs = streams.deltas(Piece(tensor.name, start, min(start + BLOCK, tensor.size)))
+    rows = inputs.rows if inputs.base is None else np.concatenate([inputs.base[None], inputs.rows])
+    return np.asarray(np.square(rows, dtype=np.float64).sum(axis=1))

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.card import with_block
+from mediator_cli.bundle.card import router_card, with_block
 from mediator_cli.bundle.manifest import (
-    EXPERTS_FOLDER,
     ConflictRecord,
     ExtractRecord,
     FileRecord,
@@ -22,40 +21,47 @@ from mediator_cli.bundle.manifest import (
     SparseRecord,
     SparseUnitRecord,
     TensorRecord,
+    bundle_digest,
 )
 from mediator_cli.checkpoint.digest import digest_file
+from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
-from mediator_cli.pipeline.router import router_card
 from mediator_cli.pipeline.side_files import license_of
 from mediator_cli.plan.overrides import resolve_extract
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
-    from mediator_cli.bundle.manifest import ConflictReport, RouterRecord
-    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.bundle.manifest import ConflictReport, RouterRecord, SourceFile, WeightFile
     from mediator_cli.checkpoint.hub.repo import HubRepo
-    from mediator_cli.engine.extract import Kept
-    from mediator_cli.plan.model import ExpertSource, Plan
+    from mediator_cli.engine.extract.encode import Kept
+    from mediator_cli.pipeline.write import Written
+    from mediator_cli.plan.model import ExpertSource, Plan, TensorPlan
     from mediator_cli.stages.assign import Decision
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The bundle's title and what the stages gave: source digests, conflict, assignment, tensors, what is kept.
+    """The bundle's title and what the stages gave: source digests, conflict, assignment, what was written.
 
     `notices` are those of the stages, beside the plan's.
     """
 
     title: str
-    sources: Mapping[str, tuple[FileRecord, ...]]
+    sources: Mapping[str, tuple[SourceFile, ...]]
     report: ConflictReport | None
     assignment: Mapping[str, Decision]
-    dense: Mapping[str, TensorInfo]
-    kept: Mapping[str, Mapping[str, Kept]]
+    written: Written
     router: RouterRecord | None = None
     notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SparseFiles:
+    """The files of one sparse expert, and the digests of its tensors."""
+
+    files: tuple[WeightFile, ...]
+    tensors: Mapping[str, str]
 
 
 def package_version() -> str:
@@ -66,27 +72,19 @@ def package_version() -> str:
         return "unknown"
 
 
-def bundle_digest(tensors: Mapping[str, str], sparse: Mapping[str, str]) -> str:
-    """Digest a bundle's numbers: SHA-256 over lines `digest  name`, tensors sorted by name, then sparse experts."""
-    lines = [f"{tensors[name]}  {name}\n" for name in sorted(tensors)]
-    lines += [f"{sparse[name]}  {EXPERTS_FOLDER}/{name}.safetensors\n" for name in sorted(sparse)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def make_manifest(
     plan: Plan,
     outcome: Outcome,
-    folder: Path,
-    digests: Mapping[str, str],
-    sparse_digests: Mapping[str, str],
+    shards: Mapping[str, WeightFile],
+    sparse: Mapping[str, SparseFiles],
     files: tuple[FileRecord, ...],
 ) -> Manifest:
-    """Gather everything that a reader of the bundle may ask."""
+    """Gather everything that a reader of the bundle may ask; `shards` are by the name of a tensor in them."""
     recipe = plan.loaded.recipe
-    sparse = tuple(_sparse_record(plan, outcome, folder, name, sparse_digests[name]) for name in outcome.kept)
-    dense = sum(info.n_bytes for info in outcome.dense.values())
+    dense = sum(DTYPE_BYTES[tensor.dtype] * tensor.size for tensor in plan.tensors)
+    digests = {tensor.name: outcome.written.dense[tensor.name] for tensor in plan.tensors}
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         generator=f"mediator {package_version()}",
         recipe=_recipe_record(plan),
         base=_source(plan, outcome, "base", recipe.base),
@@ -96,12 +94,17 @@ def make_manifest(
         methods=tuple(method_records(plan)),
         conflict=_conflict(plan, outcome.report),
         assignment=dict(outcome.assignment),
-        extract=_extract(plan) if outcome.kept else None,
-        sparse=sparse,
-        tensors={name: _tensor(info, digests[name]) for name, info in outcome.dense.items()},
+        extract=_extract(plan) if sparse else None,
+        sparse=tuple(_sparse_record(plan, outcome, name, files) for name, files in sparse.items()),
+        shards=tuple(dict.fromkeys(shards.values())),
+        tensors={tensor.name: _tensor(tensor, shards[tensor.name], digests[tensor.name]) for tensor in plan.tensors},
         files=files,
-        sizes=Sizes(dense=dense, sparse=sum(s.file.bytes for s in sparse), full_models=dense * len(plan.experts)),
-        digest=bundle_digest(digests, sparse_digests),
+        sizes=Sizes(
+            dense=dense,
+            sparse=sum(file.bytes for each in sparse.values() for file in each.files),
+            full_models=dense * len(plan.experts),
+        ),
+        digest=bundle_digest(digests, {name: each.tensors for name, each in sparse.items()}),
         router=outcome.router,
         averaged_in_routed_units=_unmixed(plan, outcome),
         notices=(*plan.notices, *outcome.notices),
@@ -180,8 +183,8 @@ def _extract(plan: Plan) -> ExtractRecord:
     return ExtractRecord(dense=spec.dense, **asdict(resolve_extract(spec)))
 
 
-def _sparse_record(plan: Plan, outcome: Outcome, folder: Path, name: str, digest: str) -> SparseRecord:
-    kept = outcome.kept[name]
+def _sparse_record(plan: Plan, outcome: Outcome, name: str, files: SparseFiles) -> SparseRecord:
+    kept = outcome.written.kept[name]
     members: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         if tensor.name in kept:
@@ -190,9 +193,7 @@ def _sparse_record(plan: Plan, outcome: Outcome, folder: Path, name: str, digest
     units = {
         unit: _unit_record([kept[n] for n in names], sum(sizes[n] for n in names)) for unit, names in members.items()
     }
-    file = folder / EXPERTS_FOLDER / f"{name}.safetensors"
-    record = FileRecord(name=f"{EXPERTS_FOLDER}/{name}.safetensors", bytes=file.stat().st_size, sha256=digest)
-    return SparseRecord(expert=name, file=record, units=units)
+    return SparseRecord(expert=name, files=files.files, tensors=dict(files.tensors), units=units)
 
 
 def _unit_record(kept: list[Kept], n_entries: int) -> SparseUnitRecord:
@@ -201,8 +202,8 @@ def _unit_record(kept: list[Kept], n_entries: int) -> SparseUnitRecord:
     return SparseUnitRecord(n_kept=sum(k.n_kept for k in kept), n_entries=n_entries, energy=round(share, 6))
 
 
-def _tensor(info: TensorInfo, digest: str) -> TensorRecord:
-    return TensorRecord(file=info.file.name, dtype=info.dtype, shape=info.shape, sha256=digest)
+def _tensor(tensor: TensorPlan, shard: WeightFile, digest: str) -> TensorRecord:
+    return TensorRecord(file=shard.name, dtype=tensor.dtype, shape=tensor.shape, xxh3=digest)
 
 
 def model_card(plan: Plan, outcome: Outcome) -> str:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
+from mediator_cli.checkpoint.cache import read_note, write_note
 from mediator_cli.errors import BundleError, Problem, RecipeError
-from mediator_cli.runtime.mixable import empty_model, find_unmixable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.plan.model import Plan
 
 _NEEDED = "routing answers with a causal language model"
 _STATIC = "use assign: {rule: none}"
+_MAKERS = ("mediator-merge", "transformers", "torch")
+
+
+class Mixable(BaseModel):
+    """What a model makes of its tensors: by name, why one cannot be mixed, and the parameters that none gives."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kinds: dict[str, str]
+    missing: tuple[str, ...]
 
 
 def check_routing(plan: Plan) -> Plan:
@@ -28,15 +44,50 @@ def check_routing(plan: Plan) -> Plan:
         return plan
     place, kind = plan.loaded.place("assign", "rule"), plan.base.config.get("model_type")
     try:
-        model = empty_model(plan.base.config)
+        found = find_mixable(plan.base.config, plan.base.tensors)
     except BundleError as error:
         reason = error.problems[0].message
         message = f"{_NEEDED}; {kind} is not one that transformers can build here: it {reason}"
         raise RecipeError(Problem(place, message, _STATIC)) from None
-    found = find_unmixable(model, plan.base.tensors)
     if found.missing:
         raise RecipeError(Problem(place, f"{_NEEDED}; the base lacks {found.missing[0]}, which it needs", _STATIC))
     return _mark(plan, {tensor.name: found.kinds[tensor.name] for tensor in plan.tensors if tensor.name in found.kinds})
+
+
+def find_mixable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mixable:
+    """Ask the model of a config which of a checkpoint's tensors can be mixed, unless that is noted from before.
+
+    Raises BundleError when transformers builds no causal language model of it, which is never noted: a package that is
+    missing can be installed.
+    """
+    key = _key(config, tensors)
+    text = read_note("mixable", key)
+    try:
+        return Mixable.model_validate_json(text or "")
+    except ValueError:
+        found = _ask_model(config, tensors)
+    write_note("mixable", key, found.model_dump_json())
+    return found
+
+
+def _key(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    shapes = [(name, tensor.shape) for name, tensor in tensors.items()]
+    facts = [dict(config), shapes, [_version(package) for package in _MAKERS]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _ask_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mixable:
+    from mediator_cli.runtime.mixable import empty_model, find_unmixable  # noqa: PLC0415 - takes seconds
+
+    found = find_unmixable(empty_model(config), tensors)
+    return Mixable(kinds=found.kinds, missing=found.missing)
 
 
 def _mark(plan: Plan, kinds: Mapping[str, str]) -> Plan:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.card import CARD, with_block
+from mediator_cli.bundle.card import CARD, router_card, with_block
 from mediator_cli.bundle.manifest import ROUTER, FileRecord, PolicyRecord, read_manifest
 from mediator_cli.bundle.replace import replace_files
 from mediator_cli.checkpoint.digest import digest_file
@@ -152,26 +152,6 @@ def _card(folder: Path, record: RouterRecord) -> dict[str, bytes]:
         return {}
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     return {CARD: with_block(text, "router", router_card(record)).encode()}
-
-
-def router_card(record: RouterRecord) -> str:
-    """Tell of a router in the model card: what it reads, how often it is right, what it confuses."""
-    report = record.report
-    rows = [
-        f"| {expert} | " + " | ".join(str(count) for count in counts) + " |"
-        for expert, counts in zip(record.experts, report.confusion, strict=True)
-    ]
-    return "\n".join([
-        "## Router",
-        "",
-        f"For each prompt a router mixes the experts: {record.classifier} on {record.features}, policy "
-        f"{record.policy.rule}. Of {report.n_held_out} held-out prompts it takes {report.accuracy:.1%} for what they "
-        f"are; calibration error {report.calibration_error:.3f}.",
-        "",
-        "| prompts of | " + " | ".join(f"taken for {expert}" for expert in record.experts) + " |",
-        "|---|" + "---|" * len(record.experts),
-        *rows,
-    ])  # fmt: skip
 
 
 def route_texts(folder: Path, texts: Sequence[str]) -> tuple[RouterRecord, Routing]:

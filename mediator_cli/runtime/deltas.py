@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mediator_cli.bundle.sparse_file import mix_deltas
+from mediator_cli.bundle.deltas import mix_deltas
 from mediator_cli.runtime.stack import stack_deltas, transpose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mediator_cli.bundle.deltas import SparseDelta
     from mediator_cli.bundle.read import Bundle
-    from mediator_cli.bundle.sparse_file import SparseDelta
     from mediator_cli.runtime.stack import Stack
 
 _STACKED_BYTES = 8

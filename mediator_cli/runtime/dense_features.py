@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from mediator_cli.bundle.tensors import as_tensor
 from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.checkpoint.read import open_files, read_slab
 from mediator_cli.errors import BundleError, Problem, first_line
@@ -57,7 +59,8 @@ def _read_rows(table: TensorInfo, tokens: list[int]) -> torch.Tensor:
     """Read rows of the stored table [tokens, hidden]."""
     width = table.shape[1]
     with open_files([table.file]) as descriptors:
-        return torch.stack([read_slab(descriptors, table, n * width, (n + 1) * width) for n in tokens])
+        rows = np.stack([read_slab(descriptors, table, n * width, (n + 1) * width) for n in tokens])
+    return as_tensor(rows, table.dtype)
 
 
 def _fault(folder: Path, error: Exception) -> BundleError:

@@ -143,7 +143,7 @@ def _check_shapes(bundle: Bundle, name: str, tensor: torch.Tensor) -> None:
     for sparse in bundle.experts.values():
         if name in sparse.tensors and sparse.tensors[name].shape != tuple(tensor.shape):
             message = f"shape {list(sparse.tensors[name].shape)}, the model has {list(tensor.shape)}"
-            raise BundleError(Problem(f"{sparse.file}: {name}", message, _DAMAGED))
+            raise sparse.file_of(name).fault(name, message)
 
 
 def _cache(dense: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], budget: int) -> MixtureCache:

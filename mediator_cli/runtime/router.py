@@ -233,7 +233,7 @@ def _check_form(info: TensorInfo, shape: Shape) -> None:
 def _read(info: TensorInfo) -> Floats:
     try:
         with open_files([info.file]) as descriptors:
-            array: Floats = read_slab(descriptors, info, 0, info.size).double().numpy().reshape(info.shape)
+            array: Floats = read_slab(descriptors, info, 0, info.size).astype(np.float64).reshape(info.shape)
     except CheckpointError as error:
         raise BundleError(error.problems) from None
     return array

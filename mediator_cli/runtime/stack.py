@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mediator_cli.bundle.sparse_file import SparseDelta
+from mediator_cli.bundle.deltas import SparseDelta
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

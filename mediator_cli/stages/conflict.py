@@ -1,4 +1,4 @@
-"""How much experts disagree: counts of one block of deltas, and scores of a unit from summed counts.
+"""How much experts disagree: counts in blocks of deltas, and scores of a unit from summed counts.
 
 Reading of Mediator (arXiv 2502.04411): conflict of a pair is the share of opposite signs among the entries that both
 changed, and a unit's score is the mean over pairs. With independent random signs it is 0.5 for any number of experts.
@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+
+from mediator_cli.kernels.conflict import count_blocks, sum_moments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mediator_cli.kernels.arrays import Doubles, Floats
     from mediator_cli.recipe.schema import Measure
 
 
@@ -49,35 +52,65 @@ class ConflictScores:
         return {"sign": self.sign, "any_sign": self.any_sign, "cosine": (1 - self.cosine) / 2}[measure]
 
 
-def count_block(deltas: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Count conflicts in one block of deltas [n, m] under a mask `kept` [n, m]; a flat float64 vector.
+@dataclass(frozen=True)
+class Rule:
+    """Which entries of a delta are kept: those with |x - mean| > limit; float32 [n] each, by expert."""
 
-    Products of 0/1 matrices count exactly in float32 as long as m is below 2²⁴.
+    means: Floats
+    limits: Floats
+
+
+def keep_nonzero(n: int) -> Rule:
+    """Keep every entry of n experts; zeros are in no count anyway."""
+    return Rule(np.zeros(n, np.float32), np.zeros(n, np.float32))
+
+
+def far_from_mean(moments: Doubles, size: int, n_std: float) -> Rule:
+    """Keep what is further than `n_std` population standard deviations from the mean of a tensor of that size.
+
+    `moments` [2, n] are the sums of x and x² over the tensor.
     """
-    positive = (kept & (deltas > 0)).float()
-    negative = (kept & (deltas < 0)).float()
-    used = positive + negative
-    crossed = positive @ negative.T
-    wide = deltas.double()
-    disagree = (positive.amax(0) * negative.amax(0)).sum()
-    shared = (used.sum(0) >= 2).sum()
-    tables = [(crossed + crossed.T).double(), (used @ used.T).double(), wide @ wide.T]
-    scalars = torch.stack([disagree.double(), shared.double()])
-    return torch.cat([*(table.flatten() for table in tables), used.double().sum(1), scalars])
+    mean = moments[0] / size
+    std = np.sqrt(np.maximum(moments[1] / size - mean * mean, 0.0))
+    return Rule(mean.astype(np.float32), (n_std * std).astype(np.float32))
 
 
-def unpack_counts(vector: torch.Tensor, n: int) -> ConflictCounts:
-    """Read summed vectors of `count_block` for n experts."""
-    values = vector.tolist()
-    tables = [[values[at + i * n : at + (i + 1) * n] for i in range(n)] for at in (0, n * n, 2 * n * n)]
-    rest = values[3 * n * n :]
+def keep_at_least(thresholds: Floats) -> Rule:
+    """Keep what reaches its expert's threshold [n] in magnitude."""
+    below = np.nextafter(thresholds, np.float32(-np.inf))
+    return Rule(np.zeros(len(thresholds), np.float32), below)
+
+
+def count_conflicts(deltas: Floats, rule: Rule, block: int) -> Doubles:
+    """Count conflicts in each block of so many entries of deltas [n, m]; [blocks, 3·n² + n + 2], see `unpack_counts`.
+
+    The sum over the blocks of a tensor, in their order, has the counts of the tensor.
+    """
+    n, m = deltas.shape
+    counts = np.empty((-(-m // block), 3 * n * n + n + 2), np.float64)
+    count_blocks(deltas, rule.means, rule.limits, block, counts)
+    return counts
+
+
+def block_moments(deltas: Floats, block: int) -> Doubles:
+    """Sum x and x² over each block of so many entries of deltas [n, m]; [blocks, 2, n]."""
+    n, m = deltas.shape
+    moments = np.empty((-(-m // block), 2, n), np.float64)
+    sum_moments(deltas, block, moments)
+    return moments
+
+
+def unpack_counts(vector: Doubles, n: int) -> ConflictCounts:
+    """Read a row, or the sum of rows, of `count_conflicts` for n experts."""
+    opposite, both, gram = vector[: 3 * n * n].reshape(3, n, n)
+    *support, any_opposite, shared = vector[3 * n * n :].tolist()
     return ConflictCounts(
-        opposite=tuple(tuple(int(x) for x in row) for row in tables[0]),
-        both=tuple(tuple(int(x) for x in row) for row in tables[1]),
-        support=tuple(int(x) for x in rest[:n]),
-        any_opposite=int(rest[n]),
-        shared=int(rest[n + 1]),
-        gram=tuple(tuple(row) for row in tables[2]),
+        opposite=tuple(tuple(round(x) for x in row) for row in opposite.tolist()),
+        both=tuple(tuple(round(x) for x in row) for row in both.tolist()),
+        support=tuple(round(x) for x in support),
+        any_opposite=round(any_opposite),
+        shared=round(shared),
+        gram=tuple(tuple(row) for row in gram.tolist()),
     )
 
 
@@ -110,21 +143,3 @@ def _overlap(counts: list[ConflictCounts], i: int, j: int) -> float:
 def _cosine(counts: list[ConflictCounts], i: int, j: int) -> float:
     inner, left, right = (math.fsum(c.gram[a][b] for c in counts) for a, b in ((i, j), (i, i), (j, j)))
     return inner / math.sqrt(left * right) if left > 0 and right > 0 else 0.0
-
-
-def moments_block(deltas: torch.Tensor) -> torch.Tensor:
-    """Sum x and x² of one block of deltas [n, m]; float64 [2, n]."""
-    wide = deltas.double()
-    return torch.stack([wide.sum(dim=1), (wide * wide).sum(dim=1)])
-
-
-def far_from_mean(deltas: torch.Tensor, moments: torch.Tensor, size: int, n_std: float) -> torch.Tensor:
-    """Mask the entries further than `n_std` population standard deviations from their tensor's mean; bool [n, m]."""
-    mean = moments[0] / size
-    std = (moments[1] / size - mean * mean).clamp_min(0).sqrt()
-    return (deltas - mean.float()[:, None]).abs() > (n_std * std).float()[:, None]
-
-
-def at_least(deltas: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Mask the entries whose magnitude reaches their expert's threshold [n]; bool [n, m]."""
-    return deltas.abs() >= thresholds[:, None]

@@ -1,23 +1,21 @@
 """Files of sparse experts: read by an independent decoder, aligned, and refused in order when damaged."""
 
-import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from handmade import CODECS, random_delta, spread, write_sparse
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mediator_cli import read_bundle
-from mediator_cli.bundle.sparse import encode_gaps, encode_values
-from mediator_cli.bundle.sparse_file import SparseTensor, open_sparse_file, start_sparse_file
+from mediator_cli.bundle import entries
+from mediator_cli.bundle.deltas import open_sparse_expert, read_delta
+from mediator_cli.bundle.entries import check_entries
+from mediator_cli.bundle.sparse_file import open_sparse_file, sparse_file_name
 from mediator_cli.checkpoint.header import read_header
 from mediator_cli.errors import BundleError, CheckpointError
-
-CODECS = ["fp32", "bf16", "fp16", "int8", "sign"]
 
 
 def decode(file):
@@ -83,33 +81,60 @@ def test_overrides_are_stored_as_positions_and_exact_values(workshop):
     assert torch.equal(exact, workshop.experts["a"][name].float().flatten()[where])
 
 
-def write_sparse(file, delta, codec, scale=1.0):
-    """Write one tensor's non-zero entries."""
-    positions = torch.nonzero(delta).flatten()
-    with file.open("wb") as stream:
-        writer = start_sparse_file(file, stream, "a", ["w"])
-        stored = encode_values(delta[positions], codec, scale)
-        writer.append([stored[:3], stored[3:]], "w.values", stored.dtype)
-        writer.append([encode_gaps(positions, 0)], "w.gaps", torch.uint8, 255)
-        spec = SparseTensor(shape=(len(delta),), n_kept=len(positions), index="gaps", values=codec, scale=scale)
-        writer.tensors["w"] = spec
-        writer.finish()
-    return file
+SMALL = spread(1000, (3, 1.0), (4, -2.0), (300, 0.5), (999, 8.0))
 
 
 def test_a_file_written_by_hand_reads_back(tmp_path):
-    delta = torch.zeros(1000)
-    delta[[3, 4, 300, 999]] = torch.tensor([1.0, -2.0, 0.5, 8.0])
-    sparse = open_sparse_file(write_sparse(tmp_path / "a.safetensors", delta, "fp32"))
+    sparse = open_sparse_file(write_sparse(tmp_path / "a.safetensors", SMALL, "fp32"))
     assert sparse.expert == "a"
-    assert torch.equal(sparse.read("w").add_to(torch.zeros(1000)), delta)
-    assert torch.equal(sparse.read("w").add_to(torch.ones(1000), 0.5), 1 + 0.5 * delta)
+    delta, expected = read_delta(sparse, "w"), torch.from_numpy(SMALL)
+    assert torch.equal(delta.add_to(torch.zeros(1000)), expected)
+    assert torch.equal(delta.add_to(torch.ones(1000), 0.5), 1 + 0.5 * expected)
+
+
+@pytest.mark.parametrize("index", ["gaps", "bitmap"])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+def test_each_code_is_read_by_an_independent_decoder_as_by_ours(tmp_path, density, codec, index):
+    scale = 0.03 if codec in ("int8", "sign") else 1.0
+    file = write_sparse(tmp_path / "a.safetensors", random_delta(3001, density, 1), codec, scale, index)
+    positions, numbers = decode(file)["w"]
+    delta, plain = read_delta(open_sparse_file(file), "w"), open_sparse_file(file).decode("w")
+    assert delta.positions.tolist() == plain.positions.tolist() == positions
+    assert delta.values.tolist() == plain.values.tolist() == numbers
+    assert (plain.positions.dtype, plain.values.dtype) == (np.int64, np.float32)
+    assert delta.override_values is None
+
+
+def test_overrides_are_read_with_their_bits(tmp_path):
+    plain = open_sparse_file(write_sparse(tmp_path / "a.safetensors", SMALL, "fp32", overrides=3)).decode("w")
+    assert plain.override_positions.tolist() == plain.override_values.tolist() == [0, 1, 2]
+    assert plain.override_dtype == "BF16"
+    delta = read_delta(open_sparse_file(tmp_path / "a.safetensors"), "w")
+    assert delta.override_values.dtype == torch.bfloat16
+    assert delta.override_values.view(torch.uint16).tolist() == [0, 1, 2]
 
 
 def test_nothing_kept_reads_as_nothing(tmp_path):
-    sparse = open_sparse_file(write_sparse(tmp_path / "a.safetensors", torch.zeros(9), "bf16"))
-    assert sparse.read("w").positions.tolist() == []
-    assert torch.equal(sparse.read("w").add_to(torch.ones(9)), torch.ones(9))
+    sparse = open_sparse_file(write_sparse(tmp_path / "a.safetensors", spread(9), "bf16"))
+    assert read_delta(sparse, "w").positions.tolist() == []
+    assert torch.equal(read_delta(sparse, "w").add_to(torch.ones(9)), torch.ones(9))
+
+
+def test_an_expert_is_read_from_all_its_files(tmp_path):
+    (tmp_path / "experts").mkdir()
+    files = [tmp_path / sparse_file_name("a", number, 2) for number in (1, 2)]
+    write_sparse(files[0], SMALL, "fp32")
+    raw = write_sparse(files[1], 2 * SMALL, "fp32").read_bytes()
+    with pytest.raises(BundleError, match="w stands in another file too"):
+        open_sparse_expert("a", files)
+    files[1].write_bytes(raw.replace(b'"w.', b'"v.').replace(b'{\\"w\\"', b'{\\"v\\"'))
+    expert = open_sparse_expert("a", files)
+    assert list(expert.tensors) == ["w", "v"]
+    assert [expert.file_of(name).file for name in "wv"] == files
+    assert torch.equal(expert.read("v").add_to(torch.zeros(1000)), 2 * torch.from_numpy(SMALL))
+    with pytest.raises(BundleError, match="is of expert 'a', not 'b'"):
+        open_sparse_expert("b", files)
 
 
 def rewrite(file, tmp_path, change):
@@ -144,6 +169,8 @@ FAULTS = {
     "other values": lambda header, spec: spec.update(values="sign"),
     "int8 of floats": lambda header, spec: spec.update(values="int8"),
     "scale not finite": lambda header, spec: spec.update(scale=float("nan")),
+    "scale too large for a double": lambda header, spec: spec.update(scale=10**400),
+    "too many sides": lambda header, spec: spec.update(shape=[1] * 99 + [1000]),
     "unknown field": lambda header, spec: spec.update(colour="red"),
     "other version": lambda header, spec: header["__metadata__"].update(version="2"),
     "other format": lambda header, spec: header["__metadata__"].update(format="gguf"),
@@ -152,18 +179,35 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, fault):
-    delta = torch.zeros(1000)
-    delta[[3, 4, 300, 999]] = torch.tensor([1.0, -2.0, 0.5, 8.0])
-    file = rewrite(write_sparse(tmp_path / "a.safetensors", delta, "fp32"), tmp_path, fault)
+    file = rewrite(write_sparse(tmp_path / "a.safetensors", SMALL, "fp32"), tmp_path, fault)
     with pytest.raises((BundleError, CheckpointError)):
-        open_sparse_file(file).read("w")
+        open_sparse_file(file).decode("w")
+    with pytest.raises((BundleError, CheckpointError)):
+        check_entries(open_sparse_file(file), "w")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("index", ["gaps", "bitmap"])
+def test_an_intact_tensor_passes_the_check(tmp_path, codec, index, monkeypatch):
+    monkeypatch.setattr(entries, "_STEP", 16)
+    for density in (0.0, 0.004, 0.3, 1.0):
+        file = tmp_path / f"{density}.safetensors"
+        write_sparse(file, random_delta(4001, density, 2), codec, index=index, overrides=40)
+        check_entries(open_sparse_file(file), "w")
+
+
+@pytest.mark.parametrize(("codec", "scale"), [("int8", 1e38), ("sign", -1e39)])
+def test_a_scale_too_large_for_float32_does_not_pass_the_check(tmp_path, codec, scale):
+    sparse = open_sparse_file(write_sparse(tmp_path / "a.safetensors", SMALL, codec, scale))
+    with pytest.raises(BundleError, match="holds NaN or infinite values"):
+        check_entries(sparse, "w")
 
 
 @pytest.mark.parametrize(
     "text", ["[]", "1", "{", '{"w": 3}', "[" * 100_000], ids=["list", "number", "cut", "w", "deep"]
 )
 def test_metadata_that_is_no_specification_is_refused(tmp_path, text):
-    file = write_sparse(tmp_path / "a.safetensors", torch.ones(9), "fp32")
+    file = write_sparse(tmp_path / "a.safetensors", spread(9), "fp32")
     with safe_open(file, "pt") as arrays:
         metadata, tensors = arrays.metadata(), {name: arrays.get_tensor(name) for name in arrays.keys()}  # noqa: SIM118
     save_file(tensors, file, {**metadata, "tensors": text})
@@ -181,25 +225,3 @@ def test_a_sparse_tensor_that_does_not_fit_the_dense_one_is_refused(workshop, we
     bundle = read_bundle(out)
     with pytest.raises(BundleError, match=r"shape \[20, 9\], the dense tensor has \[20, 8\]"):
         bundle.mixture(weights, "model.embed_tokens.weight")
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory):
-    """The bytes of a small valid file."""
-    delta = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    return write_sparse(tmp_path_factory.mktemp("intact") / "a.safetensors", delta, "int8", 0.1).read_bytes()
-
-
-@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(data=st.data())
-def test_damaged_bytes_never_give_another_error(intact, tmp_path, data):
-    raw = bytearray(intact)
-    used = len(intact) if data.draw(st.booleans()) else 420
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, used - 1))] = data.draw(st.integers(0, 255))
-    file = tmp_path / "damaged.safetensors"
-    file.write_bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) - 1, len(raw) // 2, 10, 0]))])
-    with contextlib.suppress(BundleError, CheckpointError):
-        sparse = open_sparse_file(file)
-        for name in sparse.tensors:
-            sparse.read(name)

@@ -1,18 +1,18 @@
 """The bound of a sparse expert's bytes: never too small, and tight where it is used."""
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mediator_cli.bundle.sparse import (
+    aligned,
     encode_gaps,
     encode_values,
     index_codec,
     most_bytes,
     most_override_bytes,
     pack_bits,
-    padded,
 )
 from mediator_cli.bundle.sparse_file import HEADER_BYTES, entry_bytes, reserve_bytes
 
@@ -21,12 +21,12 @@ CODECS = ["fp32", "bf16", "fp16", "int8", "sign"]
 
 def written(positions, size, values, index):
     """Count the bytes of the arrays that these positions are written as."""
-    stored = encode_values(torch.ones(len(positions)), values, 1.0)
+    stored = encode_values(np.ones(len(positions), np.float32), values, 1.0)
     stored = pack_bits(stored) if values == "sign" else stored
-    mask = torch.zeros(size, dtype=torch.bool)
+    mask = np.zeros(size, np.bool_)
     mask[positions] = True
     where = pack_bits(mask) if index == "bitmap" else encode_gaps(positions, 0)
-    return sum(array.nbytes for array in (padded(stored), padded(where)))
+    return sum(aligned(array.nbytes) for array in (stored, where))
 
 
 kept = st.integers(1, 3000).flatmap(
@@ -37,7 +37,7 @@ kept = st.integers(1, 3000).flatmap(
 @given(kept, st.sampled_from(CODECS))
 def test_no_choice_of_entries_takes_more_than_the_bound(drawn, values):
     size, chosen = drawn
-    positions = torch.tensor(sorted(chosen), dtype=torch.int64)
+    positions = np.array(sorted(chosen), np.int64)
     for index in ("gaps", "bitmap"):
         assert written(positions, size, values, index) <= most_bytes(size, len(positions), values, index)
     real = written(positions, size, values, index_codec(len(positions) / size))
@@ -48,7 +48,7 @@ def test_no_choice_of_entries_takes_more_than_the_bound(drawn, values):
 @pytest.mark.parametrize("n_kept", [1, 50, 255, 256, 1000])
 def test_the_bound_is_reached_when_all_that_is_kept_stands_at_the_end(values, n_kept):
     size = 255 * 40 + 1000
-    positions = torch.arange(size - n_kept, size)
+    positions = np.arange(size - n_kept, size)
     assert written(positions, size, values, "gaps") == most_bytes(size, n_kept, values, "gaps")
 
 
@@ -56,9 +56,7 @@ def test_the_bound_is_reached_when_all_that_is_kept_stands_at_the_end(values, n_
 def test_bounds_of_shares_bound_the_sum(tensors, values):
     """Entries that all tensors keep together, shared out by size, bound what they take however they lie."""
     total, n = sum(size for size, _ in tensors), sum(len(chosen) for _, chosen in tensors)
-    real = sum(
-        written(torch.tensor(sorted(c), dtype=torch.int64), s, values, index_codec(len(c) / s)) for s, c in tensors
-    )
+    real = sum(written(np.array(sorted(c), np.int64), s, values, index_codec(len(c) / s)) for s, c in tensors)
     shares = [min(size, -(-n * size // total)) for size, _ in tensors]
     assert real <= sum(most_bytes(size, share, values, None) for (size, _), share in zip(tensors, shares, strict=True))
 
@@ -70,15 +68,14 @@ def test_bounds_of_shares_bound_the_sum(tensors, values):
 def test_the_bound_is_tight_for_entries_without_a_pattern(density, values, slack):
     size = 400_000
     n_kept = int(density * size)
-    positions = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:n_kept].sort().values
+    positions = np.sort(np.random.default_rng(0).permutation(size)[:n_kept])
     index = index_codec(density)
     assert 1 <= most_bytes(size, n_kept, values, index) / written(positions, size, values, index) < 1 + slack
 
 
 def test_overrides_take_a_position_and_a_value_each():
     for size in range(20):
-        arrays = (padded(torch.zeros(size, dtype=torch.int64)), padded(torch.zeros(size, dtype=torch.bfloat16)))
-        assert most_override_bytes(size, 2) == sum(array.nbytes for array in arrays)
+        assert most_override_bytes(size, 2) == aligned(8 * size) + aligned(2 * size)
 
 
 @given(st.lists(st.text("abc.é", max_size=40), max_size=6))

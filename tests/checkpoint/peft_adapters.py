@@ -4,6 +4,7 @@ import warnings
 from contextlib import contextmanager
 from itertools import pairwise
 
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from mediator_cli.checkpoint.adapter.open import open_adapter
 from mediator_cli.checkpoint.adapter.read import AdapterReader
 from mediator_cli.checkpoint.header import read_tensors
-from mediator_cli.checkpoint.read import FullReader, open_files
+from mediator_cli.checkpoint.read import FullReader, open_files, read_floats
 from mediator_cli.checkpoint.source import weight_files
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
@@ -113,8 +114,8 @@ def open_reader(folder):
 def read_tensor(reader, name, shape, cut):
     """Read one tensor through slabs of a size."""
     size = torch.Size(shape).numel()
-    slabs = [reader.read(name, *ends) for ends in pairwise([*range(0, size, cut), size])]
-    return torch.cat(slabs).view(shape)
+    slabs = [read_floats(reader, name, *ends) for ends in pairwise([*range(0, size, cut), size])]
+    return torch.from_numpy(np.concatenate(slabs)).view(shape)
 
 
 def read_all(folder, cut=1 << 20):

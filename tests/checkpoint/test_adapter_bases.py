@@ -291,7 +291,7 @@ def test_names_with_the_adapters_name_in_them_are_the_same(tmp_path):
 
 
 def test_threads_change_no_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("mediator_cli.checkpoint.adapter.read._PRODUCT_ELEMENTS", 50)
+    monkeypatch.setattr("mediator_cli.checkpoint.adapter.read._NORM_ELEMENTS", 50)
     write(tmp_path, llama, target_modules=["q_proj", "embed_tokens"], use_dora=True)
     whole = read_all(tmp_path)
     with open_reader(tmp_path) as (reader, shapes), ThreadPoolExecutor(4) as pool:

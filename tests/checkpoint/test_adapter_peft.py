@@ -124,7 +124,7 @@ SLICED = [name for name in KINDS if name.split(",")[0] in ("both patterns", "DoR
 )
 def test_slabs_change_no_bit(tmp_path, name, monkeypatch):
     # Blocks of a few rows, so that a tensor of this size has several.
-    monkeypatch.setattr("mediator_cli.checkpoint.adapter.read._PRODUCT_ELEMENTS", 50)
+    monkeypatch.setattr("mediator_cli.checkpoint.adapter.read._NORM_ELEMENTS", 50)
     model, config = KINDS[name]
     write(tmp_path, model, **config)
     whole = read_all(tmp_path)

@@ -13,10 +13,11 @@ import torch
 from conftest import CONFIG, random_tensors, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_tensors import as_bytes, read_stored
 
-from mediator_cli.checkpoint.read import TORCH_DTYPES, open_files, read_slab
+from mediator_cli.checkpoint.read import open_files
 from mediator_cli.checkpoint.source import open_checkpoint
-from mediator_cli.checkpoint.torch_file import read_torch_file
+from mediator_cli.checkpoint.torch_file import DTYPES, read_torch_file
 from mediator_cli.errors import CheckpointError
 
 
@@ -31,18 +32,13 @@ def same_bits(found, wanted):
     return found.dtype == wanted.dtype and found.shape == wanted.shape and as_bytes(found) == as_bytes(wanted)
 
 
-def as_bytes(tensor):
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
 def check_values(file, made):
     """Every tensor that was saved is found, with its bits, in the order of the dictionary."""
     infos = read_torch_file(file)
     assert [info.name for info in infos] == list(made)
     with open_files([file]) as descriptors:
         for info in infos:
-            found = read_slab(descriptors, info, 0, info.size).view(info.shape)
-            assert same_bits(found, made[info.name]), info
+            assert same_bits(read_stored(descriptors, info), made[info.name]), info
     return {info.name: info for info in infos}
 
 
@@ -68,9 +64,8 @@ def refused(file, message):
     return caught.value
 
 
-@pytest.mark.parametrize("name", TORCH_DTYPES)
-def test_every_dtype_has_the_bits_that_were_saved(tmp_path, name):
-    dtype = TORCH_DTYPES[name]
+@pytest.mark.parametrize(("dtype", "name"), DTYPES.items())
+def test_every_dtype_has_the_bits_that_were_saved(tmp_path, dtype, name):
     made = {"a": any_tensor(dtype), "scalar": any_tensor(dtype, ()), "none": any_tensor(dtype, (0, 4))}
     found = check_values(saved(tmp_path, made), made)
     assert {info.dtype for info in found.values()} == {name}
@@ -94,7 +89,7 @@ def test_more_storages_than_sort_alike_as_texts_and_numbers(tmp_path):
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=8).filter(str.isprintable),
-        st.tuples(st.sampled_from(list(TORCH_DTYPES.values())), st.lists(st.integers(0, 4), max_size=3)),
+        st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=3)),
         min_size=1,
         max_size=6,
     )
@@ -117,7 +112,7 @@ def test_the_one_dictionary_of_tensors_inside_is_taken(tmp_path, wrap):
     assert {info.name: info.shape for info in read_torch_file(check_values_of)} == {"a": (2, 3), "b": (4,)}
     with open_files([check_values_of]) as descriptors:
         for info in read_torch_file(check_values_of):
-            assert torch.equal(read_slab(descriptors, info, 0, info.size).view(info.shape), made[info.name])
+            assert torch.equal(read_stored(descriptors, info), made[info.name])
 
 
 @pytest.mark.parametrize(
@@ -267,7 +262,7 @@ def as_bin(folder, shards=1):
     """Turn a folder of safetensors into one with pytorch_model.bin, in one file or several."""
     made = {info.name: info for info in open_checkpoint(folder).tensors.values()}
     with open_files(info.file for info in made.values()) as descriptors:
-        tensors = {name: read_slab(descriptors, info, 0, info.size).view(info.shape) for name, info in made.items()}
+        tensors = {name: read_stored(descriptors, info) for name, info in made.items()}
     (folder / "model.safetensors").unlink()
     if shards == 1:
         torch.save(tensors, folder / "pytorch_model.bin")

@@ -5,9 +5,10 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored_tensors import as_bytes
 
 from mediator_cli.checkpoint.header import read_header
-from mediator_cli.checkpoint.read import TORCH_DTYPES, bytes_view
+from mediator_cli.checkpoint.torch_file import DTYPES
 from mediator_cli.checkpoint.write import NewTensor, create_file, header_bytes, index_json, plan_shards, write_at
 from mediator_cli.errors import OutputError
 
@@ -29,16 +30,15 @@ def test_the_header_fills_what_was_reserved(reserve, length):
 
 def write_all(file, tensors):
     """Write torch tensors by create_file and write_at, in reverse order."""
-    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    new = [NewTensor(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    new = [NewTensor(name, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     infos = create_file(file, new, {"format": "pt"})
     with file.open("r+b", buffering=0) as stream:
         for name, tensor in reversed(tensors.items()):
-            write_at(stream.fileno(), file, bytes_view(tensor.flatten()), infos[name].start)
+            write_at(stream.fileno(), file, memoryview(as_bytes(tensor)), infos[name].start)
     return infos
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES.values())
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_official_library_reads_what_we_write(tmp_path, dtype):
     made = {
         "one": (10 * torch.rand(3, 4)).to(dtype),

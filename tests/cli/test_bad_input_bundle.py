@@ -40,7 +40,7 @@ def test_a_tensor_file_that_leaves_the_bundle_is_refused(bundle, refused, comman
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_sparse_file_that_leaves_the_bundle_is_refused(bundle, refused, name):
-    edit_manifest(bundle, lambda data: data["sparse"][0]["file"].update(name=name))
+    edit_manifest(bundle, lambda data: data["sparse"][0]["files"][0].update(name=name))
     refused("out/routing_manifest.json", f"unsafe file name {name!r}", REFUSE, "verify", "out")
 
 
@@ -95,10 +95,17 @@ def test_a_manifest_that_is_broken_json_is_told(bundle, refused, command):
     refused("out/routing_manifest.json", "broken JSON", "the file is damaged", command, "out")
 
 
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_bundle_of_an_older_mediator_is_told_as_such(bundle, refused, command):
+    edit_manifest(bundle, lambda data: data.update(schema_version=1))
+    message = "is a manifest of version 1, written by an older mediator"
+    refused("out/routing_manifest.json", message, "merge again", command, "out")
+
+
 @pytest.mark.parametrize(
     ("change", "field", "message"),
     [
-        (lambda data: data.update(schema_version=2), "schema_version", "input should be 1"),
+        (lambda data: data.update(schema_version=3), "schema_version", "input should be 2"),
         (lambda data: data.update(extra=2), "extra", "extra inputs are not permitted"),
         (lambda data: data.pop("digest"), "digest", "field required"),
         (
@@ -133,7 +140,21 @@ def test_a_changed_byte_in_a_tensor_is_found(bundle, refused):
 def test_a_changed_byte_in_a_sparse_expert_is_found(bundle, refused):
     flip(bundle / "experts" / "b.safetensors")
     message = "its bytes are not those that were written"
-    refused("out/experts/b.safetensors", message, DAMAGED, "verify", "out")
+    refused(f"out/experts/b.safetensors: {NORM}", message, DAMAGED, "verify", "out")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "experts/b.safetensors"])
+def test_a_changed_byte_in_a_header_is_found(bundle, refused, name):
+    raw = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(raw.replace(b'"format":"', b'"fOrmat":"', 1))
+    message = "its bytes are not those that were written" if name == "model.safetensors" else "is not a sparse expert"
+    refused(f"out/{name}", message, "", "verify", "out")
+
+
+def test_a_manifest_that_was_changed_by_hand_is_found(bundle, refused):
+    edit_manifest(bundle, lambda data: data.update(seed=5))
+    message = "its bytes are not those that were written"
+    refused("out/routing_manifest.json", message, DAMAGED, "verify", "out")
 
 
 def test_a_nan_in_the_dense_expert_is_found(bundle, refused):

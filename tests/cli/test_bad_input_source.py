@@ -310,7 +310,7 @@ def test_a_broken_base_does_not_hide_that_an_expert_is_missing(workshop, mediato
 def test_a_delta_that_is_not_finite_is_named(workshop, refused, bad, rule):
     workshop.recipe(assign={"rule": rule}, average={"method": "task_arithmetic"})
     edit_expert(workshop, lambda t: t[Q0].view(-1).__setitem__(19, bad))
-    refused(Q0, f"delta of expert b is {bad} at flat index 19", "the fine-tune diverged")
+    refused(Q0, f"expert b is {bad} at flat index 19", "the fine-tune diverged")
 
 
 def test_a_nan_is_named_where_weights_are_averaged_too(workshop, refused):

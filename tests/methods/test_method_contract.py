@@ -4,8 +4,8 @@ import doctest
 from importlib import import_module
 from pkgutil import iter_modules
 
+import numpy as np
 import pytest
-import torch
 
 import mediator_cli.methods as package
 from mediator_cli.methods.registry import ResolvedMethod, methods, resolve_method
@@ -25,11 +25,11 @@ def count_of(method, wanted=3):
 
 def draw(method, m, seed=0):
     """Inputs [n, m], weights [n] and uniform numbers [n, m]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     n = count_of(method.method)
-    inputs = torch.randn(n, m, generator=generator)
-    weights = 0.2 + torch.rand(n, generator=generator, dtype=torch.float64)
-    return inputs, weights, torch.rand(n, m, generator=generator)
+    inputs = generator.standard_normal((n, m), np.float32)
+    weights = 0.2 + generator.random(n)
+    return inputs, weights, generator.random((n, m), np.float32)
 
 
 def call(method, inputs, weights, uniforms):
@@ -40,30 +40,30 @@ def call(method, inputs, weights, uniforms):
 def test_shape_and_dtype_are_kept(method):
     merged = call(method, *draw(method, 1000))
     assert merged.shape == (1000,)
-    assert merged.dtype == torch.float32
+    assert merged.dtype == np.float32
 
 
 @each_case
 def test_the_result_depends_on_the_inputs(method):
-    assert not torch.equal(call(method, *draw(method, 1000)), call(method, *draw(method, 1000, seed=1)))
+    assert not np.array_equal(call(method, *draw(method, 1000)), call(method, *draw(method, 1000, seed=1)))
 
 
 @each_case
 def test_inputs_are_not_changed(method):
     given = draw(method, 1000)
-    copies = [tensor.clone() for tensor in given]
+    copies = [array.copy() for array in given]
     call(method, *given)
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
+    assert all(np.array_equal(array, copy) for array, copy in zip(given, copies, strict=True))
 
 
 @each_case
 def test_nothing_to_merge_gives_nothing(method):
     inputs, weights, uniforms = draw(method, 1000)
     if method.method.space == "delta":
-        assert torch.equal(call(method, inputs * 0, weights, uniforms), torch.zeros(1000))
+        assert np.array_equal(call(method, inputs * 0, weights, uniforms), np.zeros(1000))
     else:
-        same = inputs[:1].expand_as(inputs)
-        assert torch.allclose(call(method, same, weights, uniforms), inputs[0], rtol=1e-6, atol=0)
+        same = np.broadcast_to(inputs[:1], inputs.shape)
+        assert np.allclose(call(method, same, weights, uniforms), inputs[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_nothing_to_merge_gives_nothing(method):
     ids=lambda method: method.method.name,
 )
 def test_one_expert_of_weight_one_comes_back(method):
-    expert = torch.randn(1, 1000, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(call(method, expert, torch.ones(1, dtype=torch.float64), torch.zeros(1, 1000)), expert[0])
+    expert = np.random.default_rng(4).standard_normal((1, 1000), np.float32)
+    assert np.array_equal(call(method, expert, np.ones(1), np.zeros((1, 1000), np.float32)), expert[0])
 
 
 @each_case
 def test_the_order_of_experts_matters_as_declared(method):
     inputs, weights, uniforms = draw(method, 1000)
-    turned = [tensor.flip(0) for tensor in (inputs, weights, uniforms)]
-    same = torch.allclose(call(method, inputs, weights, uniforms), call(method, *turned), rtol=1e-5, atol=1e-6)
+    turned = [array[::-1] for array in (inputs, weights, uniforms)]
+    same = np.allclose(call(method, inputs, weights, uniforms), call(method, *turned), rtol=1e-5, atol=1e-6)
     # slerp at t = 0.5 is symmetric by chance, so only the promise of symmetry can be checked.
     assert same or not method.method.symmetric
 
@@ -88,8 +88,8 @@ def test_the_order_of_experts_matters_as_declared(method):
 @each_case
 def test_weights_matter_as_declared(method):
     inputs, weights, uniforms = draw(method, 1000)
-    other = weights * torch.linspace(0.5, 2.0, len(weights), dtype=torch.float64)
-    same = torch.equal(call(method, inputs, weights, uniforms), call(method, inputs, other, uniforms))
+    other = weights * np.linspace(0.5, 2.0, len(weights))
+    same = np.array_equal(call(method, inputs, weights, uniforms), call(method, inputs, other, uniforms))
     assert same != method.method.uses_weights
 
 
@@ -98,17 +98,17 @@ def test_weights_matter_as_declared(method):
 def test_tiny_inputs_give_finite_results(method, m):
     merged = call(method, *draw(method, m))
     assert merged.shape == (m,)
-    assert torch.isfinite(merged).all()
+    assert np.isfinite(merged).all()
 
 
 @each_case
 def test_only_random_methods_look_at_random_numbers(method):
     inputs, weights, uniforms = draw(method, 1000)
     if method.method.random and method.params["density"] < 1:
-        none_kept = call(method, inputs, weights, torch.full_like(uniforms, 1 - 2**-24))
-        assert torch.count_nonzero(none_kept) == 0
+        none_kept = call(method, inputs, weights, np.full_like(uniforms, 1 - 2**-24))
+        assert np.count_nonzero(none_kept) == 0
     else:
-        assert torch.equal(call(method, inputs, weights, 1 - uniforms), call(method, inputs, weights, uniforms))
+        assert np.array_equal(call(method, inputs, weights, 1 - uniforms), call(method, inputs, weights, uniforms))
 
 
 @each_method
@@ -170,8 +170,40 @@ def test_an_unknown_method_preset_and_parameter_are_named():
         ("slerp", {"t": -0.1}),
         ("linear", {"normalize": 1}),
         ("dare_linear", {"density": float("nan")}),
+        ("breadcrumbs", {"gamma": 1.0}),
+        ("breadcrumbs", {"over": "model"}),
+        ("della", {"epsilon": 0.5}),
+        ("sce", {"select_topk": 0.0}),
+        ("sce", {"floor": -1.0}),
     ],
 )
 def test_a_parameter_out_of_bounds_is_refused(name, params):
     (problem,) = resolve_method(name, None, params, lambda field: f"here {field}")
     assert problem.place == f"here {next(iter(params))}"
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.45), (0.9, 0.099), (1.0, 0.15), (0.3, 0.0)])
+def test_chances_between_zero_and_one_are_taken(name, density, epsilon):
+    found = resolve_method(name, None, {"density": density, "epsilon": epsilon}, str)
+    assert found.params["epsilon"] == epsilon
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.1, 0.2), (0.9, 0.1), (0.95, 0.07)])
+def test_chances_beyond_zero_or_one_are_refused(name, density, epsilon):
+    given = {"density": density, "epsilon": epsilon}
+    (problem,) = resolve_method(name, None, given, lambda field: f"here {field}")
+    assert problem.place == "here epsilon"
+    assert str(density) in problem.message
+    assert str(epsilon) in problem.message
+
+
+@each_case
+def test_how_inputs_lie_in_memory_changes_no_bit(method):
+    inputs, weights, uniforms = draw(method, 1000)
+    wide = np.zeros((len(inputs), 2, 1500), np.float32)
+    wide[:, 0, :1000], wide[:, 1, :1000] = inputs, uniforms
+    wide.flags.writeable = False
+    found = call(method, wide[:, 0, :1000], weights, wide[:, 1, :1000])
+    assert np.array_equal(found, call(method, inputs, weights, uniforms))

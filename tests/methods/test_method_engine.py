@@ -4,19 +4,22 @@ import json
 from types import SimpleNamespace
 from typing import Annotated
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_checkpoint
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 from mediator_cli import MediatorError, Settings, load_recipe, make_plan, merge, merge_method
-from mediator_cli.engine.streams import Piece, uniform_slab
+from mediator_cli.checkpoint.blocks import BLOCK
+from mediator_cli.engine.streams import Piece, draw
 from mediator_cli.methods import registry
 from mediator_cli.methods.registry import methods, resolve_method
 
-BLOCK = 65536
-SIZE = 200_000
+SIZE = 100_000
+# Rows that slabs cut, and that no block ends with.
+SHAPE = (400, 250)
 BIG = "model.layers.0.big.weight"
 METHODS = methods()
 CASES = [(name, preset) for name, method in METHODS.items() for preset in (None, *method.presets)]
@@ -30,23 +33,29 @@ def spec(case):
     return average | ({"density": 0.5} if METHODS[name].random else {})
 
 
-def draw(shapes, n, seed=0):
-    """A base and n experts near it."""
-    generator = torch.Generator().manual_seed(seed)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    experts = [
-        {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
-        for _ in range(n)
-    ]
-    return base, experts
+def draw_checkpoints(shapes, n, seed=0):
+    """A base and n experts near it, which leave every third entry as it was."""
+    generator = np.random.default_rng(seed)
+    base = {name: np.asarray(generator.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+
+    def moved(tensor):
+        steps = np.float32(0.1) * generator.standard_normal(tensor.shape, np.float32)
+        return tensor + np.where(np.arange(tensor.size).reshape(tensor.shape) % 3 == 1, np.float32(0), steps)
+
+    return base, [{name: moved(tensor) for name, tensor in base.items()} for _ in range(n)]
+
+
+def write(folder, tensors):
+    """Write arrays as a checkpoint."""
+    write_checkpoint(folder, {n: torch.from_numpy(np.array(t)) for n, t in tensors.items()}, {"num_hidden_layers": 1})
 
 
 def make_bench(folder, shapes, n):
     """Write a base and n experts."""
-    base, experts = draw(shapes, n)
-    write_checkpoint(folder / "base", base, {"num_hidden_layers": 1})
+    base, experts = draw_checkpoints(shapes, n)
+    write(folder / "base", base)
     for index, expert in enumerate(experts):
-        write_checkpoint(folder / f"e{index}", expert, {"num_hidden_layers": 1})
+        write(folder / f"e{index}", expert)
     return SimpleNamespace(folder=folder, n=n, base=base, experts=experts)
 
 
@@ -59,13 +68,13 @@ def run(bench, average, seed=0, **settings):
     file.write_text(json.dumps(recipe | {"average": average}))
     how = Settings(overwrite=True, **{"workers": 1, **settings})
     folder = merge(make_plan(load_recipe(file)), bench.folder / "out", settings=how)
-    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """Three experts, and two for methods that take two, of more than three blocks."""
-    return {n: make_bench(tmp_path_factory.mktemp(f"big{n}"), {BIG: (SIZE,)}, n) for n in (2, 3)}
+    return {n: make_bench(tmp_path_factory.mktemp(f"big{n}"), {BIG: SHAPE}, n) for n in (2, 3)}
 
 
 def bench_for(case, benches):
@@ -78,7 +87,7 @@ def test_slabs_and_threads_change_no_bit(case, big):
     bench = bench_for(case, big)
     one = run(bench, spec(case), slab=4 * BLOCK)[BIG]
     many = run(bench, spec(case), slab=BLOCK, workers=3)[BIG]
-    assert torch.equal(one.view(torch.int32), many.view(torch.int32))
+    assert np.array_equal(one.view(np.int32), many.view(np.int32))
 
 
 @each_case
@@ -88,25 +97,28 @@ def test_streaming_equals_one_direct_call(case, big):
     params = {key: value for key, value in average.items() if key not in ("method", "preset")}
     method = resolve_method(case[0], case[1], params, str)
     is_delta = method.method.space == "delta"
-    inputs = torch.stack([e[BIG] - bench.base[BIG] if is_delta else e[BIG] for e in bench.experts])
-    uniforms = torch.stack([uniform_slab(7, f"e{i}", Piece(BIG, 0, SIZE)) for i in range(bench.n)])
-    weights = torch.tensor([1.0, 0.5, 0.25][: bench.n], dtype=torch.float64)
-    expected = method(inputs, weights, None, uniforms) + (bench.base[BIG] if is_delta else 0)
-    assert torch.allclose(run(bench, average, seed=7)[BIG], expected, rtol=1e-6, atol=1e-6)
+    inputs = np.stack([(e[BIG] - bench.base[BIG] if is_delta else e[BIG]).ravel() for e in bench.experts])
+    uniforms = np.empty(inputs.shape, np.float32)
+    for index, row in enumerate(uniforms):
+        draw(7, f"e{index}", Piece(BIG, 0, SIZE), row)
+    weights = np.array([1.0, 0.5, 0.25][: bench.n])
+    merged = method(inputs, weights, method.find_in_rows(inputs, SHAPE[-1]), uniforms).reshape(SHAPE)
+    expected = merged + bench.base[BIG] if is_delta else merged
+    np.testing.assert_allclose(run(bench, average, seed=7)[BIG], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.random])
 def test_the_seed_alone_chooses_the_random_numbers(name, big):
     average = {"method": name, "density": 0.5}
     first, again, other = (run(big[3], average, seed=seed)[BIG] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.random])
 def test_the_seed_changes_nothing_where_nothing_is_random(name, big):
     bench = bench_for((name, None), big)
-    assert torch.equal(run(bench, {"method": name}, seed=1)[BIG], run(bench, {"method": name}, seed=2)[BIG])
+    assert np.array_equal(run(bench, {"method": name}, seed=1)[BIG], run(bench, {"method": name}, seed=2)[BIG])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +139,7 @@ def test_odd_shapes_go_through_the_engine(case, odd):
     bench = bench_for(case, odd)
     merged = run(bench, spec(case))
     assert {name: tensor.shape for name, tensor in merged.items()} == {n: t.shape for n, t in bench.base.items()}
-    assert all(torch.isfinite(tensor).all() for tensor in merged.values())
+    assert all(np.isfinite(tensor).all() for tensor in merged.values())
 
 
 def test_a_0d_tensor_is_averaged_by_value(odd):
@@ -140,9 +152,9 @@ def test_a_0d_tensor_is_averaged_by_value(odd):
 def test_experts_equal_to_the_base_give_the_base(case, tmp_path):
     bench = make_bench(tmp_path, {BIG: (50,)}, 2)
     for index in range(2):
-        write_checkpoint(tmp_path / f"e{index}", bench.base, {"num_hidden_layers": 1})
+        write(tmp_path / f"e{index}", bench.base)
     merged = run(bench, spec(case))[BIG]
-    assert torch.allclose(merged, bench.base[BIG], rtol=1e-6, atol=0)
+    assert np.allclose(merged, bench.base[BIG], rtol=1e-6, atol=0)
 
 
 @pytest.fixture
@@ -166,7 +178,7 @@ def third_party(monkeypatch):
 def test_a_method_of_another_package_merges(tmp_path):
     bench = make_bench(tmp_path, {BIG: (50,)}, 2)
     merged = run(bench, {"method": "first_wins", "factor": 0.5})[BIG]
-    assert torch.equal(merged, bench.base[BIG] + (bench.experts[0][BIG] - bench.base[BIG]) * 0.5)
+    assert np.array_equal(merged, bench.base[BIG] + (bench.experts[0][BIG] - bench.base[BIG]) * np.float32(0.5))
 
 
 @pytest.mark.usefixtures("third_party")

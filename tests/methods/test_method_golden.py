@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_checkpoint
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
 from mediator_cli.methods._ops import trim_count
+from mediator_cli.methods._ranks import middle_ranks
 from mediator_cli.methods.registry import methods, resolve_method
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -43,6 +45,21 @@ AVERAGE = {
     "dare_random_mergelm": {"density": 0.7},
     "dare_ties_mergekit": {"preset": "mergekit", "density": 0.6, "lambda": 0.7},
     "dare_ties_mergelm": {"density": 0.7},
+    "breadcrumbs_mergekit": {"preset": "mergekit", "density": 0.6, "gamma": 0.05, "lambda": 0.7},
+    "breadcrumbs_default_gamma_mergekit": {"preset": "mergekit", "density": 0.9},
+    "breadcrumbs_ties_mergekit": {"preset": "mergekit", "density": 0.6, "gamma": 0.05},
+    "breadcrumbs_mergellm": {"preset": "mergellm", "density": 0.75, "gamma": 0.15},
+    "breadcrumbs_official": {},
+    "breadcrumbs_keep_first_official": {"density": 0.5, "gamma": 0.15, "lambda": 0.6, "keep": "first"},
+    "della_mergekit": {"preset": "mergekit", "density": 0.6, "lambda": 0.7},
+    "della_linear_mergekit": {"preset": "mergekit", "density": 0.5, "epsilon": 0.1, "lambda": 0.7},
+    "della_official": {},
+    "della_noelect_official": {},
+    "sce_dense_mergekit": {"preset": "mergekit"},
+    "sce_topk_mergekit": {"preset": "mergekit", "select_topk": 0.3},
+    "sce_tiny_deltas_mergekit": {"preset": "mergekit"},
+    "sce_dense_fuseai": {"preset": "fusechat", "select_topk": 1.0},
+    "sce_topk_fuseai": {"preset": "fusechat", "select_topk": 0.3},
 }
 
 
@@ -63,10 +80,15 @@ def weights_of(case):
     return case["weights"] or [1.0] * len(case["models"])
 
 
+def tensor_of(case, model, name):
+    """A case's own input where it has one, else the common one."""
+    return stored(case).get(f"in.{model}.{name}", INPUTS[f"{model}.{name}"])
+
+
 def uniforms_of(case, model, name):
     """A number below any density where the stored mask keeps the entry, and above it where not."""
-    mask = stored(case).get(f"in.mask.{model}.{name}", torch.ones(INDEX["tensors"][name], dtype=torch.uint8))
-    return torch.where(mask.flatten() == 1, 0.0, 1.0 - torch.finfo(torch.float32).eps)
+    mask = stored(case).get(f"in.mask.{model}.{name}", np.ones(INDEX["tensors"][name], np.uint8))
+    return np.where(mask.ravel() == 1, np.float32(0), np.float32(1) - np.finfo(np.float32).eps)
 
 
 def n_outside(case, merged):
@@ -75,23 +97,23 @@ def n_outside(case, merged):
     rtol, atol = case["tolerance"]["rtol"], case["tolerance"]["atol"]
     assert expected
     return sum(
-        int((merged[name].view_as(value) - value).abs().gt(atol + rtol * value.abs()).sum())
+        int((abs(merged[name].reshape(value.shape) - value) > atol + rtol * abs(value)).sum())
         for name, value in expected.items()
     )
 
 
 def call(case, names):
-    """Call the method on the named tensors, concatenated to one vector."""
-    average = average_of(case)
-    method = resolved(average)
-    inputs = torch.stack([torch.cat([INPUTS[f"{m}.{n}"].flatten() for n in names]) for m in case["models"]])
-    base = torch.cat([INPUTS[f"base.{n}"].flatten() for n in names])
-    uniforms = torch.stack([torch.cat([uniforms_of(case, m, n) for n in names]) for m in case["models"]])
-    weights = torch.tensor(weights_of(case), dtype=torch.float64)
-    is_delta = method.method.space == "delta"
-    merged = method(inputs - base if is_delta else inputs, weights, None, uniforms)
-    merged = merged + base if is_delta else merged
-    return dict(zip(names, merged.split([INPUTS[f"base.{n}"].numel() for n in names]), strict=True))
+    """Call the method on the named tensors, concatenated to one vector; rows are those of the first."""
+    method = resolved(average_of(case))
+    joined = {m: np.concatenate([tensor_of(case, m, n).ravel() for n in names]) for m in ("base", *case["models"])}
+    base, inputs = joined["base"], np.stack([joined[m] for m in case["models"]])
+    uniforms = np.stack([np.concatenate([uniforms_of(case, m, n) for n in names]) for m in case["models"]])
+    inputs = inputs - base if method.method.space == "delta" else inputs
+    in_rows = method.find_in_rows(inputs, INDEX["tensors"][names[0]][-1]) if method.needs_rows else {}
+    merged = method(inputs, np.array(weights_of(case)), in_rows, uniforms)
+    merged = merged + base if method.method.space == "delta" else merged
+    cuts = np.cumsum([INPUTS[f"base.{n}"].size for n in names])[:-1]
+    return dict(zip(names, np.split(merged, cuts), strict=True))
 
 
 def is_over_model(case):
@@ -111,11 +133,13 @@ def merge_golden(tmp_path, monkeypatch):
 
     def run(case):
         for model in ("base", *case["models"]):
-            write_checkpoint(tmp_path / model, {n: INPUTS[f"{model}.{n}"] for n in NAMES}, {"num_hidden_layers": 1})
-        monkeypatch.setattr(
-            "mediator_cli.engine.streams.uniform_slab",
-            lambda seed, name, piece: uniforms_of(case, name, piece.tensor)[piece.start : piece.stop],
-        )
+            tensors = {name: torch.from_numpy(tensor_of(case, model, name)) for name in NAMES}
+            write_checkpoint(tmp_path / model, tensors, {"num_hidden_layers": 1})
+
+        def draw(seed, name, piece, out):
+            out[:] = uniforms_of(case, name, piece.tensor)[piece.start : piece.stop]
+
+        monkeypatch.setattr("mediator_cli.engine.streams.draw", draw)
         plan = make_plan(load_recipe(write_recipe(tmp_path / "recipe.yaml", case)))
         return load_file(merge(plan, tmp_path / "out", settings=Settings(workers=2)) / "model.safetensors")
 
@@ -154,11 +178,29 @@ def test_every_case_is_mapped_to_a_recipe():
 def test_masked_deltas_equal_those_of_the_dare_authors():
     case = CASES["dare_random_mergelm"]
     masked = {k.removeprefix("out.masked.expert0."): v for k, v in stored(case).items() if k.startswith("out.masked")}
+    assert masked
     method = resolved({"method": "dare_linear", "density": 0.7})
     for name, expected in masked.items():
-        delta = (INPUTS[f"expert0.{name}"] - INPUTS[f"base.{name}"]).flatten()[None]
-        found = method(delta, torch.ones(1, dtype=torch.float64), None, uniforms_of(case, "expert0", name)[None])
-        assert torch.allclose(found.view_as(expected), expected, **case["tolerance"])
+        delta = (INPUTS[f"expert0.{name}"] - INPUTS[f"base.{name}"]).reshape(1, -1)
+        found = method(delta, np.ones(1), None, uniforms_of(case, "expert0", name)[None])
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, **case["tolerance"])
+
+
+@pytest.mark.parametrize(
+    "name", ["della_official", "della_noelect_official", "della_mergekit", "della_linear_mergekit"]
+)
+def test_chances_to_stay_are_those_of_the_della_authors(name):
+    case = CASES[name]
+    chances = {k.removeprefix("in.prob."): v for k, v in stored(case).items() if k.startswith("in.prob.")}
+    n_compared = 0
+    for key, expected in chances.items():
+        delta = INPUTS[key] - INPUTS["base." + key.partition(".")[2]]
+        found = resolved(average_of(case)).find_in_rows(delta.reshape(1, -1), delta.shape[-1])["chances"]
+        # Entries that did not change are equal, so their ranks are arbitrary.
+        changed = delta != 0
+        n_compared += changed.sum()
+        np.testing.assert_allclose(found.reshape(expected.shape)[changed], expected[changed], rtol=1e-6)
+    assert n_compared > 5000
 
 
 def test_one_entry_too_many_is_outside_the_tolerance(monkeypatch):
@@ -170,3 +212,26 @@ def test_one_entry_too_many_is_outside_the_tolerance(monkeypatch):
 def test_mergellm_keeps_one_entry_more_of_a_small_tensor():
     params = {"density": 0.2, "keep": "dropped"}
     assert (trim_count(params, 24), trim_count({**params, "keep": "paper"}, 24)) == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("density", "gamma", "keep", "expected"),
+    [
+        (0.75, 0.15, "paper", (14, 3)),
+        (0.75, 0.15, "exact", (14, 3)),
+        (0.75, 0.15, "first", (12, 3)),
+        (0.75, 0.15, "dropped", (16, 4)),
+        (0.9, 0.3, "paper", (18, 5)),
+        (0.9, 0.3, "exact", (16, 3)),
+        (0.05, 0.3, "paper", (0, 5)),
+        (0.75, 0.0, "paper", (12, 0)),
+        (1.0, 0.3, "exact", (16, 0)),
+    ],
+)
+def test_the_middle_of_sixteen_is_counted_as_each_source_does(density, gamma, keep, expected):
+    assert middle_ranks({"density": density, "gamma": gamma, "keep": keep}, 16) == expected
+
+
+def test_shares_that_binary_numbers_miss_are_counted_as_written():
+    # MergeLLM is told the smallest share, 0.05, which 1 - 0.9 - 0.05 falls short of.
+    assert middle_ranks({"density": 0.9, "gamma": 0.05, "keep": "dropped"}, 100) == (96, 5)

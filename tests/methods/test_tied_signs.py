@@ -1,14 +1,15 @@
 """An exact tie of signs, which the golden inputs do not contain: the majority's sign, or plus."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_checkpoint
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 from mediator_cli.methods.registry import resolve_method
 
 # Entry 0 is tied; the elected signs of the others are minus, minus, plus.
-DELTAS = torch.tensor([[2.0, -1.0, -3.0, 1.0], [-2.0, -1.0, -3.0, 1.0]])
+DELTAS = np.array([[2, -1, -3, 1], [-2, -1, -3, 1]], np.float32)
 FIRST, SECOND = "model.layers.0.first.weight", "model.layers.0.second.weight"
 METHODS = {"ties": {"density": 1.0}, "dare_ties": {"density": 1.0, "trim_density": 1.0}}
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -16,7 +17,7 @@ each_method = pytest.mark.parametrize("name", METHODS)
 
 def call(name, deltas=DELTAS, **params):
     method = resolve_method(name, None, METHODS[name] | params, str)
-    return method(deltas, torch.ones(2, dtype=torch.float64), None, torch.zeros(deltas.shape)).tolist()
+    return method(deltas, np.ones(2), None, np.zeros(deltas.shape, np.float32)).tolist()
 
 
 @each_method
@@ -56,6 +57,6 @@ def test_the_majority_is_counted_over_what_is_trimmed(workshop, name, over, expe
 @each_method
 def test_entries_equal_to_the_threshold_all_stay(name):
     # k = int(4 · 0.3) + 1 = 2 entries of each row; the second and the third are equal.
-    deltas = torch.tensor([[4.0, -2.0, 2.0, 1.0], [4.0, -2.0, 2.0, 1.0]])
+    deltas = np.array([[4, -2, 2, 1], [4, -2, 2, 1]], np.float32)
     density = "density" if name == "ties" else "trim_density"
     assert call(name, deltas, **{density: 0.3}) == [4.0, -2.0, 2.0, 0.0]

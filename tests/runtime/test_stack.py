@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mediator_cli.bundle.sparse_file import SparseDelta, mix_deltas
+from mediator_cli.bundle.deltas import SparseDelta, mix_deltas
 from mediator_cli.runtime.stack import Stack, slice_stack, sparse_product, sparse_rows, stack_deltas
 
 CPU = torch.device("cpu")

@@ -5,23 +5,30 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mediator_cli.stages.conflict import (
-    at_least,
-    count_block,
+    Rule,
+    block_moments,
+    count_conflicts,
     far_from_mean,
-    moments_block,
+    keep_at_least,
+    keep_nonzero,
     score_counts,
     unpack_counts,
 )
 
+BLOCK = 1 << 15
 shape = st.tuples(st.integers(1, 4), st.integers(0, 12))
+halves = st.integers(-2, 6).map(lambda k: k / 2)
 blocks = shape.flatmap(
-    lambda nm: st.tuples(hnp.arrays(np.int8, nm, elements=st.integers(-3, 3)), hnp.arrays(np.bool_, nm))
+    lambda nm: st.tuples(
+        hnp.arrays(np.int8, nm, elements=st.integers(-3, 3)),
+        hnp.arrays(np.float32, nm[0], elements=halves),
+        hnp.arrays(np.float32, nm[0], elements=halves),
+    )
 )
 
 
@@ -43,17 +50,19 @@ def naive(deltas, kept):
     return opposite, both, [sum(row) for row in used], any_opposite, shared, gram
 
 
-def counted(deltas, kept=None):
-    deltas = torch.as_tensor(deltas, dtype=torch.float32)
-    kept = deltas != 0 if kept is None else torch.as_tensor(kept)
-    return unpack_counts(count_block(deltas, kept), len(deltas))
+def counted(deltas, rule=None, block=BLOCK):
+    deltas = np.asarray(deltas, np.float32)
+    rule = rule or keep_nonzero(len(deltas))
+    return unpack_counts(count_conflicts(deltas, rule, block).sum(axis=0), len(deltas))
 
 
 @settings(max_examples=200)
-@given(blocks.filter(lambda block: block[0].shape[1] > 0))
-def test_counts_equal_loops(block):
-    opposite, both, support, any_opposite, shared, gram = naive(*block)
-    counts = counted(*block)
+@given(blocks)
+def test_counts_equal_loops(drawn):
+    deltas, means, limits = drawn
+    kept = np.abs(deltas - means[:, None]) > limits[:, None]
+    opposite, both, support, any_opposite, shared, gram = naive(deltas, kept)
+    counts = counted(deltas, Rule(means, limits))
     assert [list(row) for row in counts.opposite] == opposite
     assert [list(row) for row in counts.both] == both
     assert list(counts.support) == support
@@ -62,12 +71,13 @@ def test_counts_equal_loops(block):
 
 
 @settings(max_examples=100)
-@given(blocks.filter(lambda block: block[0].shape[1] > 1), st.data())
-def test_counts_of_parts_add_up(block, data):
-    deltas, kept = torch.from_numpy(block[0]).float(), torch.from_numpy(block[1])
-    cut = data.draw(st.integers(1, deltas.shape[1] - 1))
-    parts = count_block(deltas[:, :cut], kept[:, :cut]) + count_block(deltas[:, cut:], kept[:, cut:])
-    assert torch.equal(parts, count_block(deltas, kept))
+@given(blocks.filter(lambda drawn: drawn[0].shape[1] > 0), st.integers(1, 13))
+def test_counts_of_blocks_are_those_of_each_and_add_up(drawn, block):
+    deltas, rule = drawn[0].astype(np.float32), Rule(*drawn[1:])
+    found = count_conflicts(deltas, rule, block)
+    each = [deltas[:, start : start + block] for start in range(0, deltas.shape[1], block)]
+    assert found.tolist() == [count_conflicts(part.copy(), rule, BLOCK)[0].tolist() for part in each]
+    assert found.sum(axis=0).tolist() == count_conflicts(deltas, rule, BLOCK)[0].tolist()
 
 
 @settings(max_examples=100)
@@ -96,7 +106,7 @@ def test_an_example_in_the_head():
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_independent_signs_conflict_in_half_of_the_entries(n):
-    signs = torch.randn(n, 60_000, generator=torch.Generator().manual_seed(n))
+    signs = np.random.default_rng(n).standard_normal((n, 60_000))
     scores = score_counts([counted(signs)])
     assert scores.sign == pytest.approx(0.5, abs=0.01)
     assert scores.any_sign == pytest.approx(1 - 2 ** (1 - n), abs=0.01)
@@ -106,15 +116,15 @@ def test_independent_signs_conflict_in_half_of_the_entries(n):
 
 @pytest.mark.parametrize(("factor", "sign", "cosine"), [(2.0, 0.0, 1.0), (-2.0, 1.0, -1.0)])
 def test_equal_and_opposite_experts_are_the_two_ends(factor, sign, cosine):
-    delta = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    scores = score_counts([counted(torch.stack([delta, factor * delta]))])
+    delta = np.random.default_rng(0).standard_normal(1000)
+    scores = score_counts([counted([delta, factor * delta])])
     assert (scores.sign, scores.any_sign, scores.overlap) == (sign, sign, 1.0)
     assert scores.cosine == pytest.approx(cosine)
 
 
 def test_every_measure_is_higher_for_more_conflict():
-    delta = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    same, against = (score_counts([counted(torch.stack([delta, f * delta]))]) for f in (1.0, -1.0))
+    delta = np.random.default_rng(0).standard_normal(1000)
+    same, against = (score_counts([counted([delta, f * delta])]) for f in (1.0, -1.0))
     for measure in ("sign", "any_sign", "cosine"):
         assert same.by(measure) == pytest.approx(0.0)
         assert against.by(measure) == pytest.approx(1.0)
@@ -125,34 +135,66 @@ def test_experts_that_change_other_entries_do_not_conflict():
     assert (scores.sign, scores.any_sign, scores.cosine, scores.overlap) == (0.0, 0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("parts", [[], [torch.zeros(2, 5)], [torch.ones(1, 5)]], ids=["none", "zeros", "one expert"])
+@pytest.mark.parametrize("parts", [[], [np.zeros((2, 5))], [np.ones((1, 5))]], ids=["none", "zeros", "one expert"])
 def test_nothing_to_compare_is_no_conflict(parts):
     scores = score_counts([counted(part) for part in parts])
     assert (scores.sign, scores.any_sign, scores.overlap) == (0.0, 0.0, 0.0)
 
 
+def kept(deltas, rule):
+    return np.abs(deltas - rule.means[:, None]) > rule.limits[:, None]
+
+
+def far(deltas, n_std):
+    moments = block_moments(deltas, BLOCK).sum(axis=0)
+    return kept(deltas, far_from_mean(moments, deltas.shape[1], n_std))
+
+
 @settings(max_examples=100)
 @given(hnp.arrays(np.float32, (2, 30), elements=st.floats(-5, 5, width=32)), st.floats(0.25, 3))
-def test_far_from_mean_equals_numpy(data, n_std):
-    deltas = torch.from_numpy(data)
-    mask = far_from_mean(deltas, moments_block(deltas), 30, n_std)
-    wide = data.astype(np.float64)
+def test_far_from_mean_equals_numpy(deltas, n_std):
+    mask = far(deltas, n_std)
+    wide = deltas.astype(np.float64)
     distance = np.abs(wide - wide.mean(1, keepdims=True)) - n_std * wide.std(1, keepdims=True)
     clear = np.abs(distance) > 1e-4
-    assert np.array_equal(mask.numpy()[clear], (distance > 0)[clear])
+    assert np.array_equal(mask[clear], (distance > 0)[clear])
 
 
 def test_a_constant_delta_has_no_entry_far_from_its_mean():
-    deltas = torch.full((1, 100), 0.5)
-    assert not far_from_mean(deltas, moments_block(deltas), 100, 1.0).any()
+    assert not far(np.full((1, 100), 0.5, np.float32), 1.0).any()
 
 
 def test_one_std_keeps_the_tails_of_a_normal_delta():
-    deltas = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
-    share = far_from_mean(deltas, moments_block(deltas), 100_000, 1.0).float().mean().item()
-    assert share == pytest.approx(0.3173, abs=0.01)
+    deltas = np.random.default_rng(0).standard_normal((1, 100_000)).astype(np.float32)
+    assert far(deltas, 1.0).mean() == pytest.approx(0.3173, abs=0.01)
+
+
+def test_the_rule_that_kept_entries_is_that_of_the_counts():
+    deltas = np.random.default_rng(1).standard_normal((3, 5000)).astype(np.float32)
+    rule = far_from_mean(block_moments(deltas, BLOCK)[0], 5000, 1.5)
+    assert counted(deltas, rule).support == tuple(kept(deltas, rule).sum(axis=1))
 
 
 def test_at_least_keeps_entries_equal_to_the_threshold():
-    deltas = torch.tensor([[1.0, -2.0, 3.0], [1.0, -2.0, 3.0]])
-    assert at_least(deltas, torch.tensor([2.0, 2.5])).tolist() == [[False, True, True], [False, False, True]]
+    deltas = np.array([[1.0, -2.0, 3.0], [1.0, -2.0, 3.0], [0.0, -1e-45, 3.0]], np.float32)
+    rule = keep_at_least(np.array([2.0, 2.5, 0.0], np.float32))
+    assert kept(deltas, rule).tolist() == [[False, True, True], [False, False, True], [True, True, True]]
+    assert counted(deltas, rule).support == (2, 1, 2)
+
+
+@settings(max_examples=200)
+@given(hnp.arrays(np.float32, 40, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+def test_at_least_is_exact_for_every_threshold(values):
+    thresholds = np.abs(values)
+    mask = kept(np.tile(values, (40, 1)), keep_at_least(thresholds))
+    assert np.array_equal(mask, np.abs(values)[None] >= thresholds[:, None])
+
+
+@pytest.mark.parametrize("m", [0, 1, 511, 512, 513, 4000])
+def test_moments_are_those_of_numpy(m):
+    deltas = np.random.default_rng(m).standard_normal((3, m)).astype(np.float32)
+    found, wide = block_moments(deltas, 1000), deltas.astype(np.float64)
+    assert found.shape == (-(-m // 1000), 2, 3)
+    for b, moments in enumerate(found):
+        part = wide[:, b * 1000 : (b + 1) * 1000]
+        np.testing.assert_allclose(moments, [part.sum(axis=1), (part**2).sum(axis=1)], rtol=1e-12, atol=1e-12)

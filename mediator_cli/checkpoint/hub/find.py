@@ -18,6 +18,7 @@ from mediator_cli.checkpoint.header import parse_header, read_header
 from mediator_cli.checkpoint.hub.errors import hub_errors
 from mediator_cli.checkpoint.hub.files import copy_range, fetch_small
 from mediator_cli.checkpoint.hub.repo import HubRepo
+from mediator_cli.checkpoint.remote.folder import remote_file
 from mediator_cli.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -147,8 +148,10 @@ def missing_file(repo: HubRepo, name: str) -> CheckpointError:
 
 
 def has_file(folder: Path, name: str, repo: HubRepo | None) -> bool:
-    """Whether a folder has a file, on disk or still on the Hub."""
-    return (folder / name).is_file() or (repo is not None and name in repo.sizes)
+    """Whether a folder has a file, on disk, still on the Hub, or at the URL that the folder stands for."""
+    if (folder / name).is_file() or (repo is not None and name in repo.sizes):
+        return True
+    return remote_file(folder / name) is not None
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def read_far_header(file: Path, repo: HubRepo | None) -> Header:
 
 def read_far_headers(files: Iterable[Path], repo: HubRepo | None) -> Iterable[Header]:
     """Read the headers of several weight files, a few at a time when they are far."""
-    if repo is None:
+    files = list(files)
+    if repo is None and all(map(Path.is_file, files)):
         return map(read_header, files)
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(lambda file: read_far_header(file, repo), files))

@@ -150,7 +150,7 @@ def _sources(plan: Plan, report: ConflictReport) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(written.get(name, ""))}</td>'
         f'<td class="number">{human_bytes(sum(file.bytes for file in files))}</td>'
-        f"<td><code>{escaped(', '.join(file.sha256[:12] for file in files[:3]))}"
+        f"<td><code>{escaped(', '.join(file.digest[:12] for file in files[:3]))}"
         f"{' …' if len(files) > 3 else ''}</code></td></tr>"
         for name, files in report.sources.items()
     )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.hub.find import Access
-    from mediator_cli.pipeline.merge import Settings
+    from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import ExpertSource, Plan
     from mediator_cli.recipe.schema import ValueCodec
 

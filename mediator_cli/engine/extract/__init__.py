@@ -1,0 +1,1 @@
+"""Sparse experts: what each adds to the dense tensors of the routed units."""

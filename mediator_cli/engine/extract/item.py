@@ -1,0 +1,97 @@
+"""One tensor of one expert as it is read for extraction: the expert's values less the dense ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mediator_cli.checkpoint.read import read_slab, widen
+from mediator_cli.engine.combine import narrow
+from mediator_cli.engine.streams import Inputs, fill, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.read import Reader
+    from mediator_cli.engine.streams import Piece
+    from mediator_cli.kernels.arrays import Floats
+    from mediator_cli.plan.model import ResolvedExtract, TensorPlan
+
+_LOSSLESS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense tensors just written, open for reading."""
+
+    descriptors: Mapping[Path, int]
+    tensors: Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The experts to extract, by name, the dense tensors they add to, the slab size and the seed."""
+
+    experts: Mapping[str, Reader]
+    dense: Dense
+    slab: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slab: the expert's tensor as it is stored [m], the dense one in float32, and their difference."""
+
+    stored: NDArray[Any]
+    dense: Floats
+    delta: Floats
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of one expert."""
+
+    job: Extraction
+    expert: str
+    tensor: TensorPlan
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Expert and tensor by name."""
+        return self.expert, self.tensor.name
+
+    def pieces(self) -> list[Piece]:
+        """Cut the tensor into slabs."""
+        return pieces(self.tensor.name, self.tensor.size, self.job.slab)
+
+    def part(self, piece: Piece) -> Part:
+        """Read one slab; raise CheckpointError when the expert is not finite."""
+        exact = np.empty(piece.size, np.float32)
+        fill(self.job.experts[self.expert], f"expert {self.expert}", piece, exact)
+        stored, _ = narrow(exact, self.tensor.dtype)
+        info = self.job.dense.tensors[piece.tensor]
+        dense = _widened(read_slab(self.job.dense.descriptors, info, piece.start, piece.stop), info.dtype)
+        return Part(stored, dense, _widened(stored, self.tensor.dtype) - dense)
+
+    def rows(self, piece: Piece) -> Inputs:
+        """Read the delta of one slab as a single row."""
+        return Inputs(self.part(piece).delta[None], None)
+
+
+def may_override(extract: ResolvedExtract) -> bool:
+    """Whether entries that a round trip would change are stored as they are: where nothing else is lost."""
+    return extract.density == 1 and extract.values in _LOSSLESS and extract.rescale == 1
+
+
+def _widened(stored: NDArray[Any], dtype: str) -> Floats:
+    if dtype == "F32":
+        return stored
+    out = np.empty(len(stored), np.float32)
+    widen(stored, dtype, out)
+    return out

@@ -1,0 +1,1 @@
+"""Ways to carry out one merge on several machines that share a folder."""

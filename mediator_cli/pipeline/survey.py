@@ -1,0 +1,110 @@
+"""What has to be known of the whole model before its first tensor is merged: conflict, thresholds over the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mediator_cli.bundle.manifest import ConflictReport
+from mediator_cli.engine.conflict import count_tensors
+from mediator_cli.engine.statistics import find_statistics, group_by_method
+from mediator_cli.engine.sweep import all_of, carry_out
+from mediator_cli.pipeline.conflicts import conflict_passes, make_report
+from mediator_cli.pipeline.progress import counter
+from mediator_cli.pipeline.settings import budget_of, row_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mediator_cli.engine.journal import Journal
+    from mediator_cli.engine.statistics import Found, Group
+    from mediator_cli.engine.streams import Budget, Streams
+    from mediator_cli.engine.sweep import Search
+    from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.plan.model import Plan, TensorPlan
+
+_STEP = "survey"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The conflict counts of every float tensor, where they are asked for, and statistics over the model."""
+
+    counts: Mapping[str, Any] | None
+    found: Found
+
+
+def take_survey(
+    plan: Plan,
+    merged: Sequence[TensorPlan],
+    streams: Streams,
+    run: Settings,
+    *,
+    conflict: bool,
+    journal: Journal | None = None,
+) -> Survey:
+    """Measure conflict, and find the thresholds over the model of the tensors to be merged, in common passes.
+
+    A journal keeps the result.
+    """
+    budget = budget_of(plan, run)
+    if journal is not None and _STEP in journal.steps:
+        return _read(journal.steps[_STEP])
+    # Thresholds over the model are over all tensors of a method, routed or not, so that they never depend on routing.
+    groups = [group for group in group_by_method(merged) if group.spans_model]
+    searches = [_statistics(streams, group, budget) for group in groups]
+    if conflict:
+        searches.append(_conflict(plan, streams, budget))
+    if not searches:
+        return Survey(None, {})
+    total = survey_elements(plan, groups, conflict=conflict)
+    advance = counter(run.progress, "survey", total * row_bytes(plan), row_bytes(plan))
+    results = carry_out(all_of(searches), budget.workers, advance, run.team)
+    counts = results.pop()["counts"] if conflict else None
+    survey = Survey(counts, {name: facts for result in results for name, facts in result.items()})
+    if journal is not None:
+        journal.write(_STEP, _written(survey))
+    return survey
+
+
+def survey_elements(plan: Plan, groups: list[Group], *, conflict: bool) -> int:
+    """Count the elements of each source that are read: passes run side by side where they can."""
+    ranked = max((group.passes() * sum(t.size for t in group.tensors) for group in groups), default=0)
+    merged = sum(tensor.size for tensor in plan.tensors if tensor.average is not None)
+    counted = conflict_passes(plan.loaded.recipe.conflict.denoise) * merged if conflict else 0
+    return max(ranked, counted)
+
+
+def _statistics(streams: Streams, group: Group, budget: Budget) -> Search[dict[str, Any]]:
+    return (yield from find_statistics(streams, group, budget.slab))
+
+
+def _conflict(plan: Plan, streams: Streams, budget: Budget) -> Search[dict[str, Any]]:
+    sizes = {tensor.name: tensor.size for tensor in plan.tensors if tensor.average is not None and tensor.size}
+    counts = yield from count_tensors(streams, sizes, plan.loaded.recipe.conflict.denoise, budget.slab)
+    return {"counts": counts}
+
+
+def _written(survey: Survey) -> dict[str, Any]:
+    counts = None if survey.counts is None else {name: vector.tolist() for name, vector in survey.counts.items()}
+    found = {
+        name: {what: [str(array.dtype), list(array.shape), array.ravel().tolist()] for what, array in facts.items()}
+        for name, facts in survey.found.items()
+    }
+    return {"counts": counts, "found": found}
+
+
+def _read(facts: Mapping[str, Any]) -> Survey:
+    counts = facts["counts"]
+    found: Found = {
+        name: {what: np.array(values, dtype).reshape(shape) for what, (dtype, shape, values) in each.items()}
+        for name, each in facts["found"].items()
+    }
+    return Survey(None if counts is None else {name: np.array(row) for name, row in counts.items()}, found)
+
+
+def conflict_report(plan: Plan, survey: Survey, sources: Mapping[str, Any]) -> ConflictReport | None:
+    """Score every unit from the counts of a survey."""
+    return None if survey.counts is None else make_report(plan, survey.counts, sources)

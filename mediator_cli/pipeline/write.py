@@ -1,0 +1,319 @@
+"""Carry out the batches of a plan: statistics, average, sparse experts, with each finished one in the journal."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mediator_cli.bundle.manifest import EXPERTS_FOLDER
+from mediator_cli.bundle.sparse_file import SparseTensor, sparse_file_name
+from mediator_cli.bundle.sparse_writer import create_sparse_file, resume_sparse_file
+from mediator_cli.checkpoint.digest import Digests, fold
+from mediator_cli.checkpoint.read import open_files
+from mediator_cli.checkpoint.write import create_file, place_tensors
+from mediator_cli.engine.combine import DenseTensor, Target, write_dense
+from mediator_cli.engine.extract.batch import extract_batch
+from mediator_cli.engine.extract.choose import common_limits
+from mediator_cli.engine.extract.encode import Kept
+from mediator_cli.engine.extract.item import Dense, Extraction
+from mediator_cli.engine.pool import run_all
+from mediator_cli.engine.statistics import find_statistics, group_by_method
+from mediator_cli.engine.streams import cut
+from mediator_cli.engine.sweep import all_of, carry_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from mediator_cli.bundle.sparse_writer import SparseFileWriter
+    from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.engine.batches import Batch, Shard
+    from mediator_cli.engine.extract.choose import Limit
+    from mediator_cli.engine.journal import Journal
+    from mediator_cli.engine.statistics import Found
+    from mediator_cli.engine.streams import Budget, Streams
+    from mediator_cli.engine.sweep import Team
+    from mediator_cli.plan.model import TensorPlan
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that the batches share: what is merged how, what the survey found, and where results go.
+
+    `routed` are the tensors of which experts keep deltas, `from_base` those whose dense values are the base's own.
+    """
+
+    streams: Streams
+    shards: tuple[Shard, ...]
+    found: Found
+    routed: frozenset[str]
+    from_base: frozenset[str]
+    folder: Path
+    journal: Journal
+    seen: Digests
+    budget: Budget
+    advance: Callable[[int], None]
+    team: Team
+
+    @property
+    def waits(self) -> bool:
+        """Whether experts can only be extracted when all dense tensors are written."""
+        every = (tensor for shard in self.shards for tensor in shard.tensors)
+        return any(tensor.extract.over == "model" for tensor in every if tensor.name in self.routed)
+
+    def routed_of(self, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
+        """Choose the tensors of which experts keep deltas."""
+        return [tensor for tensor in tensors if tensor.name in self.routed]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What stands on the disk: digests of dense tensors, and what each sparse expert keeps of its tensors."""
+
+    dense: Mapping[str, str]
+    kept: Mapping[str, Mapping[str, Kept]]
+
+
+def carry_out_batches(work: Work) -> Written:
+    """Write all dense shards and all sparse experts; what the journal has is not done again.
+
+    What ends it early gets a note of how far it came, if a later merge can go on from there.
+    """
+    try:
+        return _carry_out(work)
+    except BaseException as error:
+        if work.journal.steps:
+            steps = [step for shard in work.shards for batch in shard.batches for step in _steps(work, batch)]
+            n_done = sum(step in work.journal.steps for step in steps)
+            error.add_note(f"kept: {n_done} of {len(steps)} steps are finished")
+        raise
+
+
+def _carry_out(work: Work) -> Written:
+    mine = [shard for shard in work.shards if work.team.has_shard(shard.number, len(work.shards))]
+    with _behind(work) as finished:
+        for shard in mine:
+            _write_shard(work, shard, finished)
+    if work.waits:
+        work.team.wait_for(work.journal, [_dense_step(batch) for shard in work.shards for batch in shard.batches])
+        limits = _limits(work)
+        with _behind(work) as finished:
+            for shard in mine:
+                _write_late(work, shard, limits, finished)
+    steps = [step for shard in work.shards for batch in shard.batches for step in _steps(work, batch)]
+    work.team.wait_for(work.journal, steps)
+    return _gathered(work)
+
+
+def _dense_step(batch: Batch) -> str:
+    return f"batch {batch.step}"
+
+
+def _late_step(batch: Batch) -> str:
+    return f"experts {batch.step}"
+
+
+def _steps(work: Work, batch: Batch) -> list[str]:
+    return [_dense_step(batch), *([_late_step(batch)] if work.waits else [])]
+
+
+def _write_shard(work: Work, shard: Shard, finished: _Finished) -> None:
+    done = [batch for batch in shard.batches if _dense_step(batch) in work.journal.steps]
+    with ExitStack() as stack:
+        target = _open_target(work, shard, bool(done), stack)
+        writers = {} if work.waits else _open_writers(work, shard, done, _dense_step, stack)
+        # Files are closed only when nobody waits for the disk to have them, after an error too.
+        stack.callback(finished.wait)
+        for batch in shard.batches:
+            if batch in done:
+                work.advance(batch.size)
+                continue
+            _average(work, batch, target)
+            stored = _extract(work, batch, writers, {})
+            digests = target.digests.of(target.file)
+            dense = {tensor.name: digests[tensor.name] for tensor in batch.tensors if tensor.size}
+            facts = {"dense": dense, "stored": stored, "seen": work.seen.take()}
+            finished(_dense_step(batch), facts, [target.descriptor], list(writers.values()))
+        finished.wait()
+        for writer in writers.values():
+            writer.finish()
+
+
+def _write_late(work: Work, shard: Shard, limits: Mapping[tuple[str, str], Limit], finished: _Finished) -> None:
+    done = [batch for batch in shard.batches if _late_step(batch) in work.journal.steps]
+    with ExitStack() as stack:
+        writers = _open_writers(work, shard, done, _late_step, stack)
+        stack.callback(finished.wait)
+        for batch in shard.batches:
+            if batch not in done:
+                stored = _extract(work, batch, writers, limits)
+                finished(_late_step(batch), {"stored": stored, "seen": work.seen.take()}, [], list(writers.values()))
+        finished.wait()
+        for writer in writers.values():
+            writer.finish()
+
+
+def _average(work: Work, batch: Batch, target: Target) -> None:
+    """Find what one tensor's method has to know of it, then write the dense tensors."""
+    dense = {tensor.name: DenseTensor(tensor, tensor.name in work.from_base) for tensor in batch.tensors}
+    merged = [tensor.plan for tensor in dense.values() if not tensor.from_base]
+    groups = [group for group in group_by_method(merged) if not group.spans_model]
+    searches = [find_statistics(work.streams, group, work.budget.slab) for group in groups]
+    found = dict(work.found)
+    for facts in carry_out(all_of(searches), work.budget.workers, work.advance):
+        found |= facts
+    parts = cut([(tensor.name, tensor.size) for tensor in batch.tensors], work.budget.slab)
+    mean = batch.size / max(1, len(parts))
+    run_all(
+        lambda piece: write_dense(work.streams, dense[piece.tensor], piece, found.get(piece.tensor, {}), target),
+        parts,
+        work.budget.workers,
+        lambda n: work.advance(round(n * mean)),
+    )
+
+
+def _extract(
+    work: Work, batch: Batch, writers: Mapping[str, SparseFileWriter], limits: Mapping[tuple[str, str], Limit]
+) -> dict[str, dict[str, Any]]:
+    """Append the routed tensors of a batch to the sparse experts; `limits` are those over the model."""
+    routed = work.routed_of(batch.tensors)
+    if not routed or not writers:
+        return {}
+    infos = _placed(work)
+    with open_files(infos[tensor.name].file for tensor in routed) as descriptors:
+        experts = dict(zip(work.streams.names, work.streams.experts, strict=True))
+        job = Extraction(experts, Dense(descriptors, infos), work.budget.slab, work.streams.seed)
+        share = len(experts) + 1
+        found = extract_batch(
+            job, routed, writers, limits, work.budget.workers, lambda n: work.advance(max(1, 2 * n // share))
+        )
+    return {expert: {name: stored.as_json() for name, stored in each.items()} for expert, each in found.items()}
+
+
+def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> Target:
+    """Open the shard's file, whose header stands from the beginning."""
+    file = work.folder / shard.name
+    if is_begun:
+        infos = place_tensors(file, shard.members, _METADATA)
+    else:
+        file.unlink(missing_ok=True)
+        infos = create_file(file, shard.members, _METADATA)
+    descriptor = os.open(file, os.O_RDWR)
+    stack.callback(os.close, descriptor)
+    return Target(file, descriptor, infos, Digests())
+
+
+_METADATA = {"format": "pt"}
+
+
+def sparse_files(work: Work) -> dict[int, Callable[[str], str]]:
+    """Name the sparse files of each shard, by expert; shards of which nothing is routed have none."""
+    numbers = [shard.number for shard in work.shards if work.routed_of(shard.tensors)]
+
+    def named(number: int) -> Callable[[str], str]:
+        return lambda expert: sparse_file_name(expert, numbers.index(number) + 1, len(numbers))
+
+    return {number: named(number) for number in numbers}
+
+
+def _open_writers(
+    work: Work, shard: Shard, done: Sequence[Batch], step: Callable[[Batch], str], stack: ExitStack
+) -> dict[str, SparseFileWriter]:
+    """Open the shard's file of every sparse expert, behind the batches that are done."""
+    routed = [tensor for tensor in work.routed_of(shard.tensors) if tensor.size]
+    if not work.routed_of(shard.tensors):
+        return {}
+    (work.folder / EXPERTS_FOLDER).mkdir(exist_ok=True)
+    names, dtypes = [tensor.name for tensor in routed], {tensor.name: tensor.dtype for tensor in routed}
+    named = sparse_files(work)[shard.number]
+    writers: dict[str, SparseFileWriter] = {}
+    for expert in work.streams.names:
+        file = work.folder / named(expert)
+        if done:
+            stored: dict[str, Any] = {}
+            for batch in done:
+                stored |= work.journal.steps[step(batch)]["stored"].get(expert, {})
+            specs = {name: SparseTensor.model_validate(facts["spec"]) for name, facts in stored.items()}
+            n_index = {name: int(facts["n_index"]) for name, facts in stored.items()}
+            writer = resume_sparse_file(file, expert, names, specs, dtypes, n_index)
+        else:
+            file.unlink(missing_ok=True)
+            writer = create_sparse_file(file, expert, names)
+        writers[expert] = stack.enter_context(writer)
+    return writers
+
+
+def _placed(work: Work) -> dict[str, TensorInfo]:
+    infos: dict[str, TensorInfo] = {}
+    for shard in work.shards:
+        infos |= place_tensors(work.folder / shard.name, shard.members, _METADATA)
+    return infos
+
+
+def _limits(work: Work) -> dict[tuple[str, str], Limit]:
+    """Rank all deltas of an expert together, in the order of the plan, whatever the shards."""
+    routed = [t for shard in work.shards for t in work.routed_of(shard.tensors) if t.extract.over == "model" and t.size]
+    order = {name: at for at, name in enumerate(work.streams.weights)}
+    routed.sort(key=lambda tensor: order[tensor.name])
+    infos = _placed(work)
+    with open_files(info.file for info in infos.values()) as descriptors:
+        experts = dict(zip(work.streams.names, work.streams.experts, strict=True))
+        job = Extraction(experts, Dense(descriptors, infos), work.budget.slab, work.streams.seed)
+        return common_limits(job, routed, work.budget.workers, work.advance)
+
+
+@dataclass
+class _Finished:
+    """Hands finished batches to a thread that waits for the disk and then writes the journal; one at a time."""
+
+    work: Work
+    pool: ThreadPoolExecutor
+    waiting: list[Future[None]] = field(default_factory=list)
+
+    def __call__(
+        self, step: str, facts: Mapping[str, Any], descriptors: Sequence[int], writers: Sequence[SparseFileWriter]
+    ) -> None:
+        self.wait()
+        self.waiting.append(self.pool.submit(self._commit, step, facts, descriptors, writers))
+
+    def _commit(
+        self, step: str, facts: Mapping[str, Any], descriptors: Sequence[int], writers: Sequence[SparseFileWriter]
+    ) -> None:
+        for descriptor in descriptors:
+            os.fdatasync(descriptor)
+        for writer in writers:
+            writer.sync()
+        self.work.journal.write(step, facts)
+
+    def wait(self) -> None:
+        while self.waiting:
+            self.waiting.pop().result()
+
+
+@contextmanager
+def _behind(work: Work) -> Iterator[_Finished]:
+    with ThreadPoolExecutor(1) as pool:
+        finished = _Finished(work, pool)
+        yield finished
+        finished.wait()
+
+
+def _gathered(work: Work) -> Written:
+    """Read from the journal what all processes wrote."""
+    dense: dict[str, str] = {}
+    kept: dict[str, dict[str, Kept]] = {name: {} for name in work.streams.names} if work.routed else {}
+    batches = [batch for shard in work.shards for batch in shard.batches]
+    for facts in (work.journal.steps[step] for batch in batches for step in _steps(work, batch)):
+        dense |= facts.get("dense", {})
+        for path, tensor, digest in facts["seen"]:
+            work.seen.add(Path(path), tensor, digest)
+        for expert, each in facts["stored"].items():
+            kept[expert] |= {name: Kept(**stored["kept"]) for name, stored in each.items()}
+    empty = [tensor.name for batch in batches for tensor in batch.tensors if not tensor.size]
+    dense |= dict.fromkeys(empty, fold(()))
+    for each in kept.values():
+        each |= {name: Kept(0, 0, 0.0, 0.0) for name in empty if name in work.routed}
+    return Written(dense, kept)
