@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden"
 METHODS = {"linear": "linear", "task_arithmetic": "task_arithmetic", "ties": "ties", "dare": "dare_linear"}
 METHODS |= {"dare_linear": "dare_linear", "dare_ties": "dare_ties", "slerp": "slerp"}
+METHODS |= {"breadcrumbs": "breadcrumbs", "breadcrumbs_ties": "breadcrumbs_ties", "sce": "sce"}
+METHODS |= {"della": "della", "della_linear": "della_linear", "della_noelect": "della_linear"}
 CASE_FIELDS = ("id", "source", "parameters", "tolerance", "quirks", "random")
 INPUT_FIELDS = ("base", "models", "weights")
 

@@ -11,9 +11,9 @@ from conftest import fine_tune, random_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 from mediator_cli import Settings, read_bundle, verify_bundle
-from mediator_cli.bundle.sparse import same_bits
+from mediator_cli.checkpoint.blocks import BLOCK
+from mediator_cli.engine import batches
 
-BLOCK = 65536
 EXPERTS = [{"name": "a", "model": "./a", "weight": 0.7}, {"name": "b", "model": "./b", "weight": 1.6}]
 LORA = [*EXPERTS, {"name": "lora", "model": "./lora"}]
 LOSSLESS = {"density": 1.0, "values": "fp32"}
@@ -28,6 +28,12 @@ def to_bf16_bits(values):
     """Round float32 to bfloat16, to nearest, ties to even."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def same_bits(left, right):
+    """Compare entry by entry, telling 0 from -0."""
+    kind = {2: torch.int16, 4: torch.int32}[left.element_size()]
+    return left.contiguous().view(kind) == right.contiguous().view(kind)
 
 
 def bits_of(tensor):
@@ -135,18 +141,31 @@ def all_bytes(folder):
     return found | {file.name: file.read_bytes() for file in (folder / "experts").glob("*.safetensors")}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [{"workers": 1, "slab": BLOCK}, {"workers": 3, "slab": 2 * BLOCK}, {"workers": 2, "slab": 4 * BLOCK}],
-    ids=["one worker", "three workers, two blocks", "the same again"],
-)
+WAYS = {
+    "one worker": {"workers": 1, "slab": BLOCK},
+    "five workers, two blocks": {"workers": 5, "slab": 2 * BLOCK},
+    "the same again": {"workers": 2, "slab": 4 * BLOCK},
+    "little memory": {"workers": 4, "memory": 232 << 20},
+    "much memory": {"workers": 2, "memory": 8 << 30},
+}
+
+
 @pytest.mark.parametrize("values", ["int8", "sign", "bf16"])
-def test_same_recipe_gives_same_bytes_however_it_runs(large, other, values):
+def test_same_recipe_gives_same_bytes_however_it_runs(large, values):
     fields = {**ROUTED, "extract": {"density": 0.05, "values": values}}
     first = all_bytes(large.merge("first", Settings(workers=2, slab=4 * BLOCK), **fields))
-    second = all_bytes(large.merge("second", Settings(**other), **fields))
     assert "a.safetensors" in first
-    assert first == second
+    for way, other in WAYS.items():
+        assert all_bytes(large.merge(way, Settings(**other), **fields)) == first, way
+
+
+@pytest.mark.parametrize("most", [1, 1000, 250_000])
+@pytest.mark.parametrize("over", ["tensor", "model"])
+def test_batches_change_no_byte(large, monkeypatch, most, over):
+    fields = {**ROUTED, "extract": {"density": 0.05, "values": "int8", "over": over}}
+    first = all_bytes(large.merge("first", **fields))
+    monkeypatch.setattr(batches, "_ROW_ELEMENTS", most)
+    assert all_bytes(large.merge("second", Settings(workers=3), **fields)) == first
 
 
 @pytest.mark.parametrize("extract", [{"select": "random", "values": "sign"}, {"density": 1.0, "values": "bf16"}])
@@ -160,13 +179,34 @@ def test_another_seed_gives_other_bytes(large):
     assert all_bytes(large.merge("first", **ROUTED)) != all_bytes(large.merge("second", seed=1, **ROUTED))
 
 
+def tensor_digests(folder):
+    """The digests of all dense and sparse tensors."""
+    manifest = read_bundle(folder).manifest
+    dense = {name: record.xxh3 for name, record in manifest.tensors.items()}
+    return dense, {record.expert: record.tensors for record in manifest.sparse}
+
+
 @pytest.mark.parametrize(("shard_size", "n_files"), [("200B", 23), ("1KB", 4), ("50KB", 1)])
-def test_shard_size_changes_files_but_no_tensor(workshop, shard_size, n_files):
-    whole = workshop.merge("whole", **ROUTED)
-    shards = workshop.merge("shards", output={"shard_size": shard_size}, **ROUTED)
-    assert len(list(shards.glob("model*.safetensors"))) == n_files
-    assert all_bytes(whole) == all_bytes(shards)
+@pytest.mark.parametrize("over", ["tensor", "model"])
+def test_shard_size_changes_files_but_no_tensor(workshop, shard_size, n_files, over):
+    fields = {**ROUTED, "extract": {"density": 0.05, "values": "int8", "over": over}}
+    whole = workshop.merge("whole", **fields)
+    shards = workshop.merge("shards", output={"shard_size": shard_size}, **fields)
+    for folder, count in ((whole, 1), (shards, n_files)):
+        assert len(list(folder.glob("model*.safetensors"))) == count
+        assert len(list((folder / "experts").glob("a*.safetensors"))) == count
+    one, other = (
+        {name: data for name, data in all_bytes(folder).items() if not name.endswith(".safetensors")}
+        for folder in (whole, shards)
+    )
+    assert one == other
+    assert tensor_digests(whole) == tensor_digests(shards)
     assert read_bundle(whole).manifest.digest == read_bundle(shards).manifest.digest
+    for expert in "ab":
+        for name in workshop.base:
+            kept, again = (read_bundle(folder).experts[expert].read(name) for folder in (whole, shards))
+            assert torch.equal(kept.positions, again.positions)
+            assert torch.equal(kept.values, again.values)
     assert verify_bundle(shards).problems == ()
 
 

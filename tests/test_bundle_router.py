@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_tokens import SUMS, task_prompts, word_tokenizer, write_prompts
 
 from mediator_cli import verify_bundle
-from mediator_cli.bundle.manifest import ROUTER, read_manifest
+from mediator_cli.bundle.manifest import MANIFEST, ROUTER, Manifest, read_manifest, to_json
 from mediator_cli.errors import BundleError, MediatorError, OutputError
 from mediator_cli.pipeline.router import refit_router, route_texts
 from mediator_cli.recipe.router import PolicySpec, RouterSpec
@@ -150,21 +151,25 @@ def test_a_changed_router_is_told(bundle):
     assert messages(bundle) == [(ROUTER, "its bytes are not those that were written")]
 
 
+def write_manifest(bundle, data):
+    """Write a manifest by hand, with the checksum of its text."""
+    (bundle / MANIFEST).write_text(to_json(Manifest.model_validate(data)))
+
+
 def test_values_that_are_no_numbers_are_told_even_under_a_right_digest(bundle):
     arrays = load_file(bundle / ROUTER)
     arrays["classifier.intercepts"][0] = np.nan
     save_file(arrays, bundle / ROUTER)
-    manifest = json.loads((bundle / "routing_manifest.json").read_text())
-    from hashlib import sha256
-
+    manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["router"]["file"]["sha256"] = sha256((bundle / ROUTER).read_bytes()).hexdigest()
-    edit_json(bundle / "routing_manifest.json", router=manifest["router"])
+    write_manifest(bundle, manifest)
     assert messages(bundle) == [(f"{ROUTER}: classifier.intercepts", "holds NaN or infinite values")]
 
 
 def test_a_router_of_an_unknown_expert_is_told(bundle):
-    manifest = json.loads((bundle / "routing_manifest.json").read_text())
-    edit_json(bundle / "routing_manifest.json", router=manifest["router"] | {"experts": ["a", "c"]})
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["router"]["experts"] = ["a", "c"]
+    write_manifest(bundle, manifest)
     assert messages(bundle) == [("routing_manifest.json router.experts", "no expert c")]
 
 

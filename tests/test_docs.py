@@ -240,6 +240,8 @@ def test_the_example_method_of_the_guide_works(monkeypatch):
     code = blocks((ROOT / "mediator_cli" / "methods" / "README.md").read_text(encoding="utf-8"), "python")[0]
     names: dict = {}
     exec(compile(code, "methods/README.md", "exec"), names)
-    torch = names["torch"]
-    assert names["largest"](torch.tensor([[1.0, -3.0], [2.0, 1.0]]), torch.ones(2)).tolist() == [2.0, -3.0]
+    np = names["np"]
+    deltas = np.array([[1, -3], [2, 1]], np.float32)
+    merged = names["largest"](deltas, np.ones(2))
+    assert (merged.tolist(), merged.dtype) == ([2.0, -3.0], np.float32)
     assert registry.get_method("largest").identity_at_one

@@ -1,4 +1,4 @@
-"""A merge that is killed, at any moment: `--resume` ends with the same bytes; an old bundle stays until the new stands."""
+"""A merge killed at any moment: `--resume` ends with the same bytes; an old bundle stays until the new one stands."""
 
 import random
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from conftest import all_files
 from crashes import run_forked
 
-from mediator_cli import verify_bundle
+from mediator_cli import load_recipe, make_plan, merge, verify_bundle
 from mediator_cli.engine import batches
 
 SHARDS = {"output": {"shard_size": "1500B"}}
@@ -33,15 +33,24 @@ MERGE = ("merge", "recipe.yaml", "-o", "out")
 def small_batches(monkeypatch, tmp_path):
     """Many batches, and no digests that other tests noted."""
     monkeypatch.setattr(batches, "_ROW_ELEMENTS", 800)
-    monkeypatch.setenv("MEDIATOR_CACHE", str(tmp_path / ".cache"))
+    monkeypatch.setenv("MEDIATOR_CACHE", str(beside(tmp_path, "cache")))
+
+
+def beside(folder, what):
+    """Give a place of its own for a test, outside of its folder."""
+    return folder.parent / f"{folder.name}.{what}"
 
 
 def forget(workshop):
-    shutil.rmtree(workshop.folder / ".cache", ignore_errors=True)
+    shutil.rmtree(beside(workshop.folder, "cache"), ignore_errors=True)
 
 
 def undisturbed(workshop, words=MERGE):
     """Merge once; give the bundle's files, and how many calls it took to write them."""
+    # What is imported and loaded here once need not be loaded by every forked process.
+    merge(make_plan(load_recipe(workshop.folder / "recipe.yaml")), workshop.folder / "loaded")
+    shutil.rmtree(workshop.folder / "loaded")
+    forget(workshop)
     run = run_forked(workshop.folder, words)
     assert run.code == 0, run.err
     files = all_files(workshop.folder / "out")
@@ -54,7 +63,8 @@ def go_on(workshop, words, files):
     """Resume, if the killed one had not finished, and expect the undisturbed bundle and nothing beside it."""
     out = workshop.folder / "out"
     if not (out.exists() and all_files(out) == files):
-        run = run_forked(workshop.folder, (*words, "--resume"))
+        is_begun = (workshop.folder / ".out.journal" / "key.json").exists()
+        run = run_forked(workshop.folder, (*words, "--resume") if is_begun else words)
         assert run.code == 0, run.err
     assert all_files(out) == files
 
@@ -137,7 +147,7 @@ def test_a_killed_merge_is_not_thrown_away_unasked(workshop):
 @pytest.mark.parametrize("n_moments", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_kill_while_overwriting_keeps_the_old_bundle_until_the_new_one_stands(workshop, n_moments):
     old = all_files(workshop.merge("out"))
-    kept = shutil.copytree(workshop.folder / "out", workshop.folder.parent / "kept")
+    kept = shutil.copytree(workshop.folder / "out", beside(workshop.folder, "kept"))
     workshop.recipe(**CASES["routed, several shards"])
     words = (*MERGE, "--overwrite")
     files, n_calls = undisturbed(workshop, words)

@@ -262,6 +262,13 @@ class TensorConflict(Record):
     gram: tuple[tuple[float, ...], ...]
 
 
+class ConflictSample(Record):
+    """Of an estimate: the share of each tensor's blocks that was read, and how far each score may be off."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    bounds: Annotated[dict[str, UnitScores], Field(description="By unit: in 95 of 100 samples the error is smaller.")]
+
+
 class ConflictReport(Record):
     """The full conflict report: scores by unit, counts by tensor, and the sources they belong to."""
 
@@ -272,6 +279,9 @@ class ConflictReport(Record):
     unit: str
     units: dict[str, UnitScores]
     tensors: dict[str, TensorConflict]
+    sample: Annotated[
+        ConflictSample | None, Field(description="Null where all was read; otherwise scores and counts are estimates.")
+    ] = None
 
 
 def to_json(record: BaseModel) -> str:

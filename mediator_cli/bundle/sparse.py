@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mediator_cli.kernels.floats import narrow_bf16, narrow_f16, widen_bf16, widen_f16
+from mediator_cli.kernels.sparse import give_steps, take_signs, take_steps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,8 +79,9 @@ def encode_values(values: Floats, codec: ValueCodec, scale: float) -> NDArray[An
     if codec == "sign":
         return values > 0
     if codec == "int8":
-        steps = np.rint(values.astype(np.float64) / scale)
-        return np.clip(steps, -INT8_MAX, INT8_MAX).astype(np.int8)
+        steps = np.empty(len(values), np.int8)
+        give_steps(values, scale, steps)
+        return steps
     if codec == "fp32":
         return values
     return _narrow(values, codec)
@@ -99,15 +101,13 @@ def decode_values(stored: NDArray[Any], codec: ValueCodec, scale: float) -> Floa
     """Turn stored values [k] back into float32."""
     if codec == "fp32":
         return stored
+    values = np.empty(len(stored), np.float32)
     if codec in ("bf16", "fp16"):
-        values = np.empty(len(stored), np.float32)
         (widen_bf16 if codec == "bf16" else widen_f16)(stored, values)
-        return values
-    # A scale that is too large for float32 gives infinite values, which verifying tells.
-    with np.errstate(over="ignore"):
-        if codec == "sign":
-            return np.where(stored, np.float32(scale), np.float32(-scale))
-        return (stored.astype(np.float64) * scale).astype(np.float32)
+    else:
+        # A scale that is too large for float32 gives infinite values, which verifying tells.
+        (take_signs if codec == "sign" else take_steps)(stored, scale, values)
+    return values
 
 
 def most_bytes(size: int, n_kept: int, values: ValueCodec, index: IndexCodec | None) -> int:

@@ -43,8 +43,8 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
 class Handle(Protocol):
     """A file that is open for reading, from any thread."""
 
-    def read_into(self, offset: int, view: memoryview, end: int) -> int:
-        """Fill a view with the bytes from `offset`, or its start; gives how many. Reads may go on to byte `end`."""
+    def read_into(self, offset: int, view: memoryview, span: tuple[int, int]) -> int:
+        """Fill a view with the bytes from `offset`, or its start; gives how many. `span` is that of the tensor."""
         ...
 
 
@@ -54,7 +54,7 @@ class LocalHandle:
 
     descriptor: int
 
-    def read_into(self, offset: int, view: memoryview, end: int) -> int:
+    def read_into(self, offset: int, view: memoryview, span: tuple[int, int]) -> int:
         """Fill a view with the bytes from `offset`, or its start; gives how many."""
         return os.preadv(self.descriptor, [view], offset)
 
@@ -87,7 +87,7 @@ def read_into(handles: Mapping[Path, Handle], info: TensorInfo, first: int, arra
     done = 0
     while done < len(view):
         try:
-            count = handles[info.file].read_into(info.start + first + done, view[done:], info.end)
+            count = handles[info.file].read_into(info.start + first + done, view[done:], (info.start, info.end))
         except OSError as error:
             raise unreadable(info.file, error, CHECK_DISK) from None
         if count == 0:

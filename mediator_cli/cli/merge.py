@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,10 +19,14 @@ from mediator_cli.cli.options import (
     WorkersOption,
 )
 from mediator_cli.cli.output import Told, print_json, print_table, say
+from mediator_cli.errors import OutputError, Problem
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import Manifest, RouterRecord
+    from mediator_cli.executors.place import Place
+    from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.plan.model import Plan
 
 
 def merge(
@@ -39,6 +44,23 @@ def merge(
     changes: SetOption = None,
     memory: MemoryOption = "2GiB",
     workers: WorkersOption = None,
+    executor: Annotated[
+        Literal["local", "rank", "ray"],
+        typer.Option(
+            "--executor",
+            help="local: this process. rank: one of several that share a folder and run the same command. "
+            "ray: workers on a Ray cluster.",
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="The Ray cluster, such as ray://host:10001; default: RAY_ADDRESS, or a cluster here."
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option("--ray-workers", min=1, help="Workers on the Ray cluster; default: one a node.")
+    ] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -50,9 +72,10 @@ def merge(
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.download import plan_with_unseen
-    from mediator_cli.pipeline.merge import merge as carry_out
     from mediator_cli.recipe.load import load_partly
 
+    _check_executor(executor, address, ray_workers)
+    place, patience = _place() if executor == "rank" else (None, 0.0)
     with shown_progress(quiet) as progress:
         made = plan_with_unseen(load_partly(recipe, changes or ()), Access(offline), progress)
     told = Told(quiet)
@@ -62,13 +85,84 @@ def merge(
     started = time.monotonic()
     with shown_progress(quiet) as progress:
         run = settings(memory, workers, overwrite=overwrite, resume=resume, progress=progress, notify=told.tell)
-        folder = carry_out(made, output, conflicts, run)
+        if executor == "ray":
+            folder = _on_ray(made, output, conflicts, run, (address, ray_workers, workers, offline))
+        else:
+            folder = _here(made, output, conflicts, run, place, patience)
+    if place is not None and place.rank:
+        _print_part(folder, place, as_json=as_json, quiet=quiet)
+        return
     manifest = read_manifest(folder)
     told.tell(*manifest.notices)
     if as_json:
         print_json(summary(folder, manifest, time.monotonic() - started))
     elif not quiet:
         _print(folder, manifest, time.monotonic() - started)
+
+
+def _check_executor(executor: str, address: str | None, ray_workers: int | None) -> None:
+    given = {"--address": address, "--ray-workers": ray_workers}
+    wrong = [name for name, value in given.items() if value is not None and executor != "ray"]
+    if wrong:
+        message = "is for --executor ray alone"
+        raise OutputError([Problem(name, message, "add --executor ray, or leave it out") for name in wrong])
+
+
+def _place() -> tuple[Place, float]:
+    from mediator_cli.executors.place import find_patience, find_place
+
+    return find_place(os.environ), find_patience(os.environ)
+
+
+def _here(
+    plan: Plan, output: Path | None, conflicts: Path | None, run: Settings, place: Place | None, patience: float
+) -> Path:
+    """Merge in this process, alone or as one of several."""
+    from mediator_cli.pipeline.merge import merge as carry_out
+
+    if place is not None:
+        from mediator_cli.executors.rank import share_merge
+
+        run = share_merge(plan, run, place, patience)
+    return carry_out(plan, output, conflicts, run)
+
+
+def _on_ray(
+    plan: Plan,
+    output: Path | None,
+    conflicts: Path | None,
+    run: Settings,
+    given: tuple[str | None, int | None, int | None, bool],
+) -> Path:
+    """Merge on a Ray cluster that sees the same folders."""
+    from mediator_cli.executors.place import find_patience
+    from mediator_cli.executors.ray_job import Cluster, Job, merge_on_ray
+    from mediator_cli.pipeline.settings import output_folder
+
+    address, ray_workers, threads, offline = given
+    folder, loaded = output_folder(plan, output), plan.loaded
+    job = Job(
+        recipe=loaded.path.absolute(),
+        text=loaded.text,
+        changes=loaded.changes,
+        output=folder,
+        conflicts=None if conflicts is None else conflicts.absolute(),
+        overwrite=run.overwrite,
+        resume=run.resume,
+        memory=run.memory,
+        threads=threads,
+        offline=offline,
+        patience=find_patience(os.environ),
+    )
+    merge_on_ray(job, Cluster(address, ray_workers), run.notify)
+    return folder
+
+
+def _print_part(folder: Path, place: Place, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json({"bundle": str(folder), "rank": place.rank, "world": place.world})
+    elif not quiet:
+        say(f"process {place.rank} of {place.world} has done its part; process 0 finishes {_shown(folder)}")
 
 
 def summary(folder: Path, manifest: Manifest, seconds: float) -> dict[str, object]:

@@ -23,8 +23,9 @@ def settings(
     """Read the options that say how to run; raise OutputError when the memory is not a size."""
     from mediator_cli.engine.pool import keep_freed_memory
     from mediator_cli.errors import OutputError, Problem
-    from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.kernels.jit import spare_scipy
     from mediator_cli.pipeline.progress import silent, unheard
+    from mediator_cli.pipeline.settings import Settings
     from mediator_cli.recipe.sizes import parse_size
 
     try:
@@ -32,5 +33,6 @@ def settings(
     except ValueError as error:
         raise OutputError(Problem("--memory", str(error), "write for example --memory 2GiB")) from None
     keep_freed_memory()
+    spare_scipy()
     cores = workers or os.cpu_count() or 1
     return Settings(overwrite, n_bytes, cores, progress or silent, notify=notify or unheard, resume=resume)

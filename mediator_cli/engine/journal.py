@@ -126,12 +126,15 @@ def open_journal(folder: Path, key: Mapping[str, Any], member: int = 0) -> Journ
     try:
         written = json.loads((folder / _KEY).read_text(encoding="utf-8"))
         changed = [name for name in {**written, **key} if written.get(name) != key.get(name)]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         changed = ["the journal itself, which cannot be read"]
     if changed:
         raise _not_the_same(folder, sorted(changed), member)
     journal = Journal(folder, member)
-    journal.read()
+    try:
+        journal.read()
+    except (ValueError, TypeError, RecursionError):
+        raise _not_the_same(folder, ["a step that cannot be read"], member) from None
     if member:
         journal.file.touch()
         _cut_torn_line(journal)

@@ -17,6 +17,10 @@ _WAKE = 0.1
 """Seconds between two looks at how far the workers are."""
 
 
+class Stopped(Exception):
+    """Ends an item that takes long when the work has become useless."""
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed slabs for the next ones; a process that only merges calls this once.
 
@@ -30,14 +34,19 @@ def keep_freed_memory() -> None:
 
 
 def run_all(
-    function: Callable[[T], object], items: Sequence[T], workers: int, advance: Callable[[int], None] = lambda n: None
+    function: Callable[[T], object],
+    items: Sequence[T],
+    workers: int,
+    advance: Callable[[int], None] = lambda n: None,
+    stop: Event | None = None,
 ) -> None:
     """Call a function for every item from `workers` threads, in about their order.
 
     `advance` is told, from the calling thread, how many more items are done. The first error, by the order of the
-    items that failed, ends all; so does an interrupt, after the items in flight.
+    items that failed, ends all; so does an interrupt, after the items in flight. Those that take long may look at
+    `stop`, which is set then.
     """
-    stop, turn = Event(), count()
+    stop, turn = stop or Event(), count()
     errors: dict[int, BaseException] = {}
     done = [0] * workers
 
@@ -53,13 +62,16 @@ def run_all(
     threads = [Thread(target=work, args=(worker,), daemon=True) for worker in range(min(workers, len(items)))]
     try:
         _watch(threads, lambda: sum(done), advance)
-    finally:
+    except BaseException:
         stop.set()
+        raise
+    finally:
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
-    if errors:
-        raise errors[min(errors)]
+    causes = {at: error for at, error in errors.items() if not isinstance(error, Stopped)} or errors
+    if causes:
+        raise causes[min(causes)]
 
 
 def _watch(threads: Sequence[Thread], done: Callable[[], int], advance: Callable[[int], None]) -> None:

@@ -158,13 +158,22 @@ def _lock(notes: Path, building: Path) -> int:
 
 def _begin(building: Path, notes: Path, mode: Mode, key: Mapping[str, Any]) -> Journal:
     """Go on with the work that stands, or clear what a dead process left and begin anew."""
-    # Where the journal stands alone, the merge was killed after its bundle was renamed into place.
-    if mode == "resume" and has_journal(notes) and building.is_dir():
+    if mode == "resume" and _can_go_on(notes, building):
         return open_journal(notes, key)
     forget_journal(notes)
     _clear(building)
     building.mkdir()
     return start_journal(notes, key, overwrites=mode == "overwrite")
+
+
+def can_resume(target: Path) -> bool:
+    """Whether an interrupted merge into `target` can be gone on with."""
+    return _can_go_on(_beside(target, "journal"), _beside(target, "partial"))
+
+
+def _can_go_on(notes: Path, building: Path) -> bool:
+    # Where the journal stands alone, the merge was killed after its bundle was renamed into place.
+    return has_journal(notes) and building.is_dir()
 
 
 def _sync_tree(folder: Path) -> None:

@@ -23,7 +23,7 @@ class Record:
     """What a process tells of itself.
 
     `token` is new with each start, `session` the token of the first process that this one follows, "" before that.
-    `beat` grows as long as the process lives; `shared` counts the arrays that were given away. `ended` is None while
+    `beat` grows as long as the process lives; `shared` counts what was given to the others. `ended` is None while
     it works, "" if it ended well, and else what went wrong. The first process lists the tokens of the `members` that
     it knows, says that its journal `stands`, and then that all have `gathered`.
     """

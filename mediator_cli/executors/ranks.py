@@ -42,7 +42,7 @@ class Ranks:
     patience: float = PATIENCE
     pulse: float = 2.0
     _watch: Watch | None = field(default=None, init=False)
-    _shares: int = field(default=0, init=False)
+    _steps: int = field(default=0, init=False)
 
     @property
     def member(self) -> int:
@@ -64,6 +64,7 @@ class Ranks:
         if not self.is_first:
             token = self._until(self._accepted, self._not_begun, limit=self.patience)
             self._watch.post(session=token)
+            self._check_world()
 
     def gather(self) -> None:
         """Wait until all processes know the journal as it is now."""
@@ -101,7 +102,7 @@ class Ranks:
         """Add up the arrays of all processes, in the order of their numbers."""
         if self.place.world == 1:
             return arrays
-        self._shares += 1
+        self._steps += 1
         return self._collect(arrays) if self.is_first else self._contribute(arrays)
 
     def has_shard(self, number: int, count: int) -> bool:
@@ -109,14 +110,23 @@ class Ranks:
         return number % self.place.world == self.member
 
     def wait_for(self, journal: Journal, steps: Sequence[str]) -> None:
-        """Read the journals of all processes until they have all steps."""
+        """Read the journals until they have all steps; the first waits, too, until all others have come to here.
+
+        For only then have they closed the files that these steps filled.
+        """
+        watch = self._at_work()
+        self._steps += 1
+        watch.post(shared=self._steps)
+        others = range(1, self.place.world) if self.is_first else ()
 
         def read() -> bool | None:
             journal.read_members(range(self.place.world))
-            return _true(all(step in journal.steps for step in steps))
+            done = all(step in journal.steps for step in steps)
+            return _true(done and all(self._gave(rank, self._steps) for rank in others))
 
         def missing() -> str:
-            return f"not finished: {some_names(step for step in steps if step not in journal.steps)}"
+            left = [step for step in steps if step not in journal.steps]
+            return f"not finished: {some_names(left)}" if left else "all steps are finished"
 
         self._until(read, missing)
 
@@ -127,7 +137,7 @@ class Ranks:
             raise self._error(watch.trouble)
 
     def _collect(self, arrays: list[Arrays]) -> list[Arrays]:
-        watch, step = self._at_work(), self._shares
+        watch, step = self._at_work(), self._steps
         totals: list[Arrays] = [[np.array(array) for array in group] for group in arrays]
         for rank in range(1, self.place.world):
             self._until(lambda rank=rank: self._gave(rank, step), lambda rank=rank: f"process {rank} counts still")  # type: ignore[misc]
@@ -141,7 +151,7 @@ class Ranks:
         return totals
 
     def _contribute(self, arrays: list[Arrays]) -> list[Arrays]:
-        watch, step = self._at_work(), self._shares
+        watch, step = self._at_work(), self._steps
         save_arrays(self._file(step, self.member), arrays)
         watch.post(shared=step)
         self._until(lambda: self._gave(0, step), lambda: "process 0 adds up still")
@@ -163,6 +173,11 @@ class Ranks:
         first = watch.read(0)
         known = first is not None and first.stands and first.members[self.member : self.member + 1]
         return first.token if first is not None and known == (watch.own.token,) else None
+
+    def _check_world(self) -> None:
+        first = self._at_work().read(0)
+        if first is not None and first.world != self.place.world:
+            raise self._error(f"process 0 counts {first.world} processes, this one {self.place.world}")
 
     def _not_begun(self) -> str:
         return f"process 0 of the run '{self.place.run}' has not come"

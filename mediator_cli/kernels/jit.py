@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numba
@@ -19,3 +21,19 @@ def kernel(function: F) -> F:
     inf or nan as numpy does.
     """
     return cast("F", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def spare_scipy() -> None:
+    """Load numba's array functions without its check for scipy's linear algebra, which takes as long as all the rest.
+
+    Only for a process that compiles nothing but kernels of this package: products of matrices are then no part of
+    what numba can compile.
+    """
+    blocked = "scipy.linalg.cython_blas"
+    if blocked in sys.modules:
+        return
+    sys.modules[blocked] = None  # type: ignore[assignment]  # how an import is made to fail
+    try:
+        import_module("numba.np.arraymath")
+    finally:
+        del sys.modules[blocked]

@@ -1,7 +1,7 @@
 """Which entries of a delta a sparse expert keeps, where they lie, and what storing them loses, slab by slab.
 
-Masks are bools [m]. Loops over kept entries store every entry and go on behind the kept ones alone, which costs less
-than a branch that cannot be foretold.
+Masks are bools [m]. What is kept of a slab is found once, as places [k] counted from its start. Loops over kept
+entries store every entry and go on behind the kept ones alone, which costs less than a branch that cannot be foretold.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mediator_cli.kernels.arrays import Bytes, Counts, Doubles, Flags, Floats
+from mediator_cli.kernels.arrays import Bytes, Counts, Doubles, Flags, Floats, Halves, Words
 from mediator_cli.kernels.jit import kernel
 from mediator_cli.kernels.lanes import LANES, TILE, aligned, total
 
 _ESCAPE = 255
 _INT8_MAX = 127.0
+_STRIDE = 1024
+
+Steps = NDArray[np.int8]
+"""Values as whole steps of a scale."""
 
 
 @kernel
@@ -55,63 +59,69 @@ def mask_random(delta: Floats, uniforms: Floats, density: float, mask: Flags) ->
 
 
 @kernel
-def find_kept(kept: Flags, places: Counts) -> int:
-    """List the places of kept entries [m] in `places`, which has room for m; return how many there are."""
-    count = 0
-    for i in range(kept.shape[0]):
-        places[count] = i
-        count += int(kept[i])
+def find_kept(mask: Flags, places: Words) -> int:
+    """List the places of kept entries [m] in `places`, which has room for one more; return how many there are."""
+    flags, count = np.zeros(_STRIDE, np.bool_), 0
+    words = flags.view(np.uint64)
+    if 8 * places.shape[0] > mask.shape[0]:
+        for i in range(mask.shape[0]):
+            places[count] = np.uint32(i)
+            count += int(mask[i])
+        return count
+    # Where few are kept, most words of eight flags are zero.
+    for t in range(0, mask.shape[0], _STRIDE):
+        part = mask[t : t + _STRIDE]
+        if part.shape[0] < _STRIDE:
+            flags[:] = False
+        flags[: part.shape[0]] = part
+        for w in range(words.shape[0]):
+            if words[w]:
+                for i in range(8 * w, 8 * w + 8):
+                    places[count] = np.uint32(t + i)
+                    count += int(flags[i])
     return count
 
 
 @kernel
-def count_gap_bytes(mask: Flags, first: int, position: int) -> tuple[int, int]:
+def count_gap_bytes(places: Words, first: int, position: int) -> tuple[int, int]:
     """Count the bytes that `write_gaps` writes; return it with the new position."""
-    places, n_bytes = np.empty(TILE, np.int64), 0
-    for t in range(0, mask.shape[0], TILE):
-        count = find_kept(mask[t : t + TILE], places)
-        n_bytes += count
-        for k in range(count):
-            place = first + t + places[k]
-            n_bytes += (place - position) // _ESCAPE
-            position = place + 1
-    return n_bytes, position
+    count = places.shape[0]
+    if not count:
+        return 0, position
+    n_bytes = count + (first + np.int64(places[0]) - position) // _ESCAPE
+    last, here = places[:-1], places[1:]
+    escapes = np.uint32(0)
+    for k in range(here.shape[0]):
+        escapes += np.uint32(np.uint32(here[k] - last[k] - np.uint32(1)) // np.uint32(_ESCAPE))
+    return n_bytes + np.int64(escapes), first + np.int64(places[count - 1]) + 1
 
 
 @kernel
-def write_gaps(mask: Flags, first: int, position: int, out: Bytes) -> tuple[int, int]:
-    """Write the places of kept entries [m], of which the first is entry `first` of its tensor, as gap bytes.
+def write_gaps(places: Words, first: int, position: int, out: Bytes) -> tuple[int, int]:
+    """Write the places of kept entries [k] of a slab, which begins at entry `first` of its tensor, as gap bytes.
 
     `position` is the one behind the last entry kept before. A byte below 255 skips that many entries and keeps the
     next, 255 skips 255 and keeps none. Returns the number of bytes and the new position.
     """
-    places, at = np.empty(TILE, np.int64), 0
-    for t in range(0, mask.shape[0], TILE):
-        for k in range(find_kept(mask[t : t + TILE], places)):
-            gap = first + t + places[k] - position
-            position += gap + 1
-            while gap >= _ESCAPE:
-                out[at] = _ESCAPE
-                at += 1
-                gap -= _ESCAPE
-            out[at] = gap
+    at = 0
+    for k in range(places.shape[0]):
+        gap = first + np.int64(places[k]) - position
+        position += gap + 1
+        while gap >= _ESCAPE:
+            out[at] = _ESCAPE
             at += 1
+            gap -= _ESCAPE
+        out[at] = gap
+        at += 1
     return at, position
 
 
 @kernel
-def gather(delta: Floats, mask: Flags, factor: float, out: Floats) -> int:
-    """Write the kept entries [k] times `factor`, in float32, to the start of `out`; return how many there are."""
-    scale, found, n = np.float32(factor), np.empty(TILE, np.float32), 0
-    for t in range(0, delta.shape[0], TILE):
-        part, kept = delta[t : t + TILE], mask[t : t + TILE]
-        count = 0
-        for i in range(part.shape[0]):
-            found[count] = part[i] * scale
-            count += int(kept[i])
-        out[n : n + count] = found[:count]
-        n += count
-    return n
+def gather(delta: Floats, places: Words, factor: float, out: Floats) -> None:
+    """Write the entries of delta [m] at some places [k] times `factor`, in float32, to `out` [k]."""
+    scale = np.float32(factor)
+    for k in range(places.shape[0]):
+        out[k] = delta[places[k]] * scale
 
 
 @kernel
@@ -153,38 +163,90 @@ def find_differing(left: NDArray[Any], right: NDArray[Any], first: int, out: Cou
 
 
 @kernel
-def square_sums(delta: Floats, mask: Flags, decoded: Floats, inverse: float, block: int) -> Doubles:
-    """Sum delta² and (delta - inverse · decoded)² over each block of entries [m]; [blocks, 2].
+def square_sums(delta: Floats, places: Words, bounds: Counts, decoded: Floats, inverse: float, block: int) -> Doubles:
+    """Sum delta² and the squared error of what is read back over each block of entries [m]; [blocks, 2].
 
-    `decoded` [k] has what is read back of the kept entries; of the others nothing is.
+    `decoded` [k] times `inverse` is read back at `places` [k], elsewhere nothing; those of block b are the places
+    from bounds[b] to bounds[b + 1].
     """
-    values, tile, given = padded(decoded), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    energy, error = aligned(LANES), aligned(LANES)
-    sums, at = np.empty((-(-delta.shape[0] // block), 2), np.float64), 0
+    tile, given = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    energy, held, lost = aligned(LANES), aligned(LANES), aligned(LANES)
+    sums = np.empty((-(-delta.shape[0] // block), 2), np.float64)
     for b in range(sums.shape[0]):
-        row, marks = delta[b * block : (b + 1) * block], mask[b * block : (b + 1) * block]
+        row = delta[b * block : (b + 1) * block]
         energy[:] = 0.0
-        error[:] = 0.0
+        held[:] = 0.0
+        lost[:] = 0.0
         for t in range(0, row.shape[0], TILE):
-            part, kept = row[t : t + TILE], marks[t : t + TILE]
+            part = row[t : t + TILE]
             if part.shape[0] < TILE:
+                fill_tile(row, t, tile)
+                part = tile
+            x, y, z, u = part[:LANES], part[LANES : 2 * LANES], part[2 * LANES : 3 * LANES], part[3 * LANES :]
+            for k in range(LANES):
+                first, second, third, last = np.float64(x[k]), np.float64(y[k]), np.float64(z[k]), np.float64(u[k])
+                energy[k] = (((energy[k] + first * first) + second * second) + third * third) + last * last
+        for t in range(bounds[b], bounds[b + 1], TILE):
+            chosen, back = places[t : min(t + TILE, bounds[b + 1])], decoded[t : bounds[b + 1]]
+            if chosen.shape[0] < TILE:
                 tile[:] = np.float32(0)
                 given[:] = np.float32(0)
-            for i in range(part.shape[0]):
-                given[i] = values[at]
-                at += int(kept[i])
-            for i in range(part.shape[0]):
-                tile[i] = part[i]
-                given[i] = given[i] if kept[i] else np.float32(0)
+            for i in range(chosen.shape[0]):
+                tile[i] = delta[chosen[i]]
+                given[i] = back[i]
             for q in range(0, TILE, LANES):
                 x, y = tile[q : q + LANES], given[q : q + LANES]
                 for k in range(LANES):
                     wide = np.float64(x[k])
-                    lost = wide - np.float64(y[k]) * inverse
-                    energy[k] += wide * wide
-                    error[k] += lost * lost
-        sums[b, 0], sums[b, 1] = total(energy), total(error)
+                    error = wide - np.float64(y[k]) * inverse
+                    held[k] += wide * wide
+                    lost[k] += error * error
+        # What is not kept is lost. The difference is wrong by 10⁻¹⁵ of the energy or so, and shares of it are told to
+        # six digits.
+        sums[b, 0] = total(energy)
+        sums[b, 1] = max(sums[b, 0] - total(held), 0.0) + total(lost)
     return sums
+
+
+@kernel
+def subtract_bf16(values: Floats, dense: Halves, out: Floats) -> None:
+    """Round values [m] to bfloat16, ties to even, and subtract bfloat16 bits [m] from them, in float32."""
+    bits, target = values.view(np.uint32), out.view(np.uint32)
+    room = np.empty(_STRIDE, np.uint32)
+    floats = room.view(np.float32)
+    for t in range(0, bits.shape[0], _STRIDE):
+        part, other = bits[t : t + _STRIDE], dense[t : t + _STRIDE]
+        rounded, result = target[t : t + _STRIDE], out[t : t + _STRIDE]
+        for i in range(part.shape[0]):
+            v = part[i]
+            odd = np.uint32((v >> np.uint32(16)) & np.uint32(1))
+            rounded[i] = np.uint32(np.uint32(v + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000))
+            room[i] = np.uint32(np.uint32(other[i]) << np.uint32(16))
+        for i in range(part.shape[0]):
+            result[i] -= floats[i]
+
+
+@kernel
+def take_signs(positive: Flags, scale: float, out: Floats) -> None:
+    """Turn flags [k] into plus or minus `scale`, in float32."""
+    up, down = np.float32(scale), np.float32(-scale)
+    for i in range(positive.shape[0]):
+        out[i] = up if positive[i] else down
+
+
+@kernel
+def give_steps(values: Floats, scale: float, out: Steps) -> None:
+    """Round values [k] to whole steps of `scale`, ties to even, none beyond 127."""
+    for i in range(values.shape[0]):
+        step = np.rint(np.float64(values[i]) / scale)
+        out[i] = np.int8(max(min(step, _INT8_MAX), -_INT8_MAX))
+
+
+@kernel
+def take_steps(steps: Steps, scale: float, out: Floats) -> None:
+    """Turn steps [k] into their multiples of `scale`, computed in float64."""
+    for i in range(steps.shape[0]):
+        out[i] = np.float32(np.float64(steps[i]) * scale)
 
 
 @kernel

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import ConflictReport, TensorConflict, UnitScores, read_record
+import numpy as np
+
+from mediator_cli.bundle.manifest import ConflictReport, ConflictSample, TensorConflict, UnitScores, read_record
 from mediator_cli.checkpoint.layout import layers_of, place_of, unit_of
-from mediator_cli.errors import BundleError, Problem
+from mediator_cli.errors import BundleError, OutputError, Problem
 from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.sources import changed_sources
 from mediator_cli.stages.assign import score_limit
@@ -17,6 +19,7 @@ from mediator_cli.stages.conflict import (
     score_counts,
     unpack_counts,
 )
+from mediator_cli.stages.sample import ScoreBounds, score_sample
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.schema import DenoiseSpec, Measure
     from mediator_cli.stages.assign import Decision
+    from mediator_cli.stages.sample import BlockSample
 
 
 def denoise_name(denoise: DenoiseSpec) -> str:
@@ -41,6 +45,13 @@ def conflict_passes(denoise: DenoiseSpec) -> int:
     return {"none": 1, "keep_above_std": 2, "top_fraction": 3}[denoise_name(denoise).split()[0]]
 
 
+def check_pair(plan: Plan) -> None:
+    """Raise OutputError where there are no two experts to compare."""
+    if len(plan.experts) < 2:
+        place = plan.loaded.place("experts")
+        raise OutputError(Problem(place, "conflict needs at least two experts", "add an expert"))
+
+
 def make_report(
     plan: Plan, counts: Mapping[str, Doubles], sources: Mapping[str, tuple[SourceFile, ...]]
 ) -> ConflictReport:
@@ -51,6 +62,24 @@ def make_report(
         name: TensorConflict(size=sizes[name], **asdict(unpack_counts(vector, n))) for name, vector in counts.items()
     }
     return _report(plan, denoise_name(plan.loaded.recipe.conflict.denoise), records, sources)
+
+
+def make_sampled_report(
+    plan: Plan, samples: Mapping[str, BlockSample], share: float, sources: Mapping[str, tuple[SourceFile, ...]]
+) -> ConflictReport:
+    """Estimate the score of every unit from a sample of blocks, with 95 % bounds; an empty tensor has none."""
+    n = len(plan.experts)
+    nothing = np.zeros(3 * n * n + n + 2)
+    merged = [tensor.name for tensor in plan.tensors if tensor.average is not None]
+    totals = {name: samples[name].total if name in samples else nothing for name in merged}
+    report = make_report(plan, totals, sources)
+    members: dict[str, list[BlockSample]] = {unit: [] for unit in report.units}
+    for name, sample in samples.items():
+        members[unit_of(name, plan.loaded.recipe.conflict.unit)].append(sample)
+    scored = {unit: score_sample(each, n) for unit, each in members.items()}
+    bounds = {unit: UnitScores(**asdict(bound)) for unit, (_, bound) in scored.items()}
+    units = {unit: UnitScores(**asdict(scores)) for unit, (scores, _) in scored.items()}
+    return report.model_copy(update={"units": units, "sample": ConflictSample(share=share, bounds=bounds)})
 
 
 def _report(
@@ -85,6 +114,9 @@ def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[SourceFile,
     wanted = denoise_name(plan.loaded.recipe.conflict.denoise)
     hint = "measure again with `mediator analyze-conflicts`"
     problems = []
+    if report.sample is not None:
+        message = f"is an estimate from {report.sample.share:.2g} of the weights"
+        problems.append(Problem(str(file), message, "measure all with `mediator analyze-conflicts` without --sample"))
     if report.experts != tuple(expert.name for expert in plan.experts):
         problems.append(Problem(str(file), f"is about experts {', '.join(report.experts)}", hint))
     if report.denoise != wanted:
@@ -112,6 +144,7 @@ class Preview:
     """A heat map with the score and the assignment of each row; empty where a row is cut into several units.
 
     `units` has, by row, score and decision of every unit in it; `limit` is the score above which one is routed.
+    `bounds` has, for an estimate, how far the score of a row may be off.
     """
 
     measure: str
@@ -121,6 +154,7 @@ class Preview:
     decisions: tuple[str, ...]
     units: tuple[tuple[tuple[str, float, Decision], ...], ...]
     limit: float | None
+    bounds: tuple[float | None, ...] = ()
 
 
 def heat_table(report: ConflictReport, measure: Measure) -> HeatTable:
@@ -158,7 +192,17 @@ def preview_assignment(plan: Plan, report: ConflictReport) -> Preview:
     every = tuple(report.units.get(row) for row in table.rows)
     shown = tuple(scores.get(row) for row in table.rows)
     limit = score_limit(plan.loaded.recipe.assign, plan.candidates, scores)
-    return Preview(measure, table, shown, every, tuple(decisions), tuple(units), limit)
+    return Preview(
+        measure, table, shown, every, tuple(decisions), tuple(units), limit, _bounds(report, table.rows, measure)
+    )
+
+
+def _bounds(report: ConflictReport, rows: tuple[str, ...], measure: Measure) -> tuple[float | None, ...]:
+    """Give the bound on the score of each row that is a unit; nothing where the report is exact."""
+    if report.sample is None:
+        return ()
+    found = {unit: ScoreBounds(**record.model_dump()).by(measure) for unit, record in report.sample.bounds.items()}
+    return tuple(found.get(row) for row in rows)
 
 
 def _counts(record: TensorConflict) -> ConflictCounts:

@@ -134,9 +134,7 @@ def traffic_of(plan: Plan, amounts: Amounts) -> dict[Stage, Traffic]:
     return {
         "start": Traffic(),
         "survey": Traffic(survey_passes(plan) * once),
-        "merge": Traffic(
-            merge_passes(plan) * once + extracted_bytes(plan, amounts), dense_bytes(plan) + amounts.sparse_bytes
-        ),
+        "merge": Traffic(merge_passes(plan) * once + extracted_bytes(plan, amounts), written),
         "digest": Traffic(passed_over(plan)),
         "publish": Traffic(amounts.sparse_bytes),
     }

@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mediator_cli.bundle.manifest import ConflictReport
-from mediator_cli.engine.conflict import count_tensors
+from mediator_cli.bundle.manifest import ConflictReport, SourceFile
+from mediator_cli.engine.conflict import count_tensors, sample_tensors
 from mediator_cli.engine.statistics import find_statistics, group_by_method
+from mediator_cli.engine.streams import open_streams
 from mediator_cli.engine.sweep import all_of, carry_out
-from mediator_cli.pipeline.conflicts import conflict_passes, make_report
+from mediator_cli.pipeline.conflicts import check_pair, conflict_passes, make_report, make_sampled_report
+from mediator_cli.pipeline.download import download_weights
+from mediator_cli.pipeline.lineage import check_lineage
 from mediator_cli.pipeline.progress import counter
 from mediator_cli.pipeline.settings import budget_of, row_bytes
+from mediator_cli.pipeline.sources import known_digest, tensors_by_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from mediator_cli.engine.journal import Journal
     from mediator_cli.engine.statistics import Found, Group
@@ -108,3 +113,30 @@ def _read(facts: Mapping[str, Any]) -> Survey:
 def conflict_report(plan: Plan, survey: Survey, sources: Mapping[str, Any]) -> ConflictReport | None:
     """Score every unit from the counts of a survey."""
     return None if survey.counts is None else make_report(plan, survey.counts, sources)
+
+
+def sample_conflicts(plan: Plan, share: float, run: Settings) -> ConflictReport:
+    """Estimate how much the experts of a plan disagree from a share of the blocks of each tensor, with bounds.
+
+    Sources are named without digests that are not known yet: to take them is to read all.
+    """
+    check_pair(plan)
+    download_weights(plan, run.progress)
+    merged = {tensor.name: tensor.size for tensor in plan.tensors if tensor.average is not None}
+    denoise = plan.loaded.recipe.conflict.denoise
+    total = round(share * conflict_passes(denoise) * sum(merged.values()))
+    with open_streams(plan) as streams:
+        for doubt in check_lineage(plan, streams):
+            run.notify(doubt)
+        advance = counter(run.progress, "sample", total * row_bytes(plan), row_bytes(plan))
+        samples = carry_out(sample_tensors(streams, merged, denoise, share), budget_of(plan, run).workers, advance)
+    return make_sampled_report(plan, samples, share, _known_sources(plan))
+
+
+def _known_sources(plan: Plan) -> dict[str, tuple[SourceFile, ...]]:
+    groups = tensors_by_file(plan)
+    return {name: tuple(_known(file) for file in files) for name, files in groups.items()}
+
+
+def _known(file: Path) -> SourceFile:
+    return known_digest(file) or SourceFile(name=file.name, bytes=file.stat().st_size)

@@ -20,6 +20,7 @@ from mediator_cli.checkpoint.cache import cache_folder
 from mediator_cli.checkpoint.remote.folder import UNFINISHED
 from mediator_cli.checkpoint.remote.store import Store, open_store
 from mediator_cli.checkpoint.remote.url import check_url, is_url
+from mediator_cli.checkpoint.source import find_location
 from mediator_cli.errors import BundleError, CheckpointError, OutputError, Problem
 from mediator_cli.pipeline.progress import Progress, counter, silent
 
@@ -46,15 +47,18 @@ def output_url(plan: Plan, output: Path | str | None) -> str | None:
         raise OutputError(error.problems) from None
 
 
-def staging_folder(url: str) -> Path:
-    """Choose the folder of the cache where a bundle for a URL is built; always the same, so that --resume finds it."""
-    return cache_folder() / "uploads" / blake2b(url.encode(), digest_size=12).hexdigest() / url.rsplit("/", 1)[-1]
+def prepare_staging(url: str) -> Path:
+    """Give the folder of the cache where a bundle for a URL is built; always the same, so that --resume finds it.
+
+    A finished bundle whose upload failed goes; what an interrupted merge had finished stays beside it.
+    """
+    folder = cache_folder() / "uploads" / blake2b(url.encode(), digest_size=12).hexdigest() / url.rsplit("/", 1)[-1]
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
-def check_output_url(url: str, mode: Mode, *, offline: bool = False) -> None:
+def check_output_url(url: str, mode: Mode) -> None:
     """Raise OutputError if what is at a URL stands in the way of a new bundle, or it cannot be reached."""
-    if offline:
-        raise OutputError(Problem(url, "is far away, and offline nothing is sent", "choose a folder with -o"))
     there = _names(url)
     if not there:
         return
@@ -68,10 +72,11 @@ def check_output_url(url: str, mode: Mode, *, offline: bool = False) -> None:
         raise OutputError(Problem(url, message, "choose another output with -o, or give --overwrite"))
 
 
-def upload_bundle(folder: Path, url: str, progress: Progress = silent) -> None:
-    """Upload a finished bundle and remove it from `folder`; what a bundle there had besides goes.
+def upload_bundle(folder: Path, url: str, progress: Progress = silent) -> Path:
+    """Upload a finished bundle and remove it from `folder`; of a bundle that it replaces nothing stays.
 
-    On an error the folder stays. Raises OutputError.
+    Gives the folder of the cache that stands for the URL: manifest and small files lie in it. On an error `folder`
+    stays. Raises OutputError.
     """
     try:
         _upload(folder, open_store(url), progress)
@@ -80,6 +85,7 @@ def upload_bundle(folder: Path, url: str, progress: Progress = silent) -> None:
         told = [Problem(problem.place, problem.message, f"{problem.hint}; {hint}") for problem in error.problems]
         raise OutputError(told) from None
     shutil.rmtree(folder)
+    return find_location(url, folder).folder
 
 
 def _upload(folder: Path, store: Store, progress: Progress) -> None:

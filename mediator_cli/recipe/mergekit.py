@@ -26,8 +26,16 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "ties": ("density", *_DELTA),
     "dare_ties": ("density", "rescale", *_DELTA),
     "dare_linear": ("density", "rescale", *_DELTA),
+    "breadcrumbs": ("density", "gamma", *_DELTA),
+    "breadcrumbs_ties": ("density", "gamma", *_DELTA),
+    "della": ("density", "epsilon", "rescale", *_DELTA),
+    "della_linear": ("density", "epsilon", "rescale", *_DELTA),
+    "sce": ("select_topk", "int8_mask"),
 }
-_PER_MODEL = ("weight", "density")
+_SHARED = ("density", "gamma", "epsilon")
+"""What mergekit lets each model have for itself, and all experts of a method share here."""
+_PER_MODEL = ("weight", *_SHARED)
+_ELECTING = ("ties", "dare_ties", "breadcrumbs_ties", "della")
 _SWITCHES = ("normalize", "rescale")
 _KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer"
@@ -244,7 +252,7 @@ def _weights(source: _Source, draft: _Draft, experts: list[tuple[int, str]]) -> 
                 hint = did_you_mean(key, known) if known else f"{source.method} takes none"
                 place = source.place("models", index, "parameters", key)
                 yield Problem(place, f"{source.method} takes no '{key}' of a model", hint)
-        for setting in reversed(_of_model(source, index, "weight") if source.method != "slerp" else []):
+        for setting in reversed(_of_model(source, index, "weight") if "weight" in _TAKES[source.method] else []):
             if setting.filter is None:
                 draft.data["experts"][at]["weight"] = setting.value
                 source.copy_lines(setting.value_at, ("experts", at, "weight"), draft.lines)
@@ -265,15 +273,20 @@ def _parameters(source: _Source, draft: _Draft, experts: list[tuple[int, str]]) 
             )
     for key in [key for key in takes if key in given and key not in (*_PER_MODEL, "int8_mask")]:
         yield from _parameter(source, draft, key, _up_to_default(_settings(given[key], ("parameters", key))))
-    if "density" in takes:
-        of_models = [_of_model(source, index, "density") for index, _ in experts]
-        for other in of_models[1:]:
-            if [(s.filter, s.value) for s in other] != [(s.filter, s.value) for s in of_models[0]]:
-                place = source.place(*(other or of_models[0])[0].at)
-                message = "models have different densities; here all experts of a method share one"
-                yield Problem(place, message, "give all models the same density, or set it once under `parameters`")
-                return
-        yield from _parameter(source, draft, "density", of_models[0])
+    for key in [key for key in takes if key in _SHARED]:
+        yield from _shared(source, draft, key, [_of_model(source, index, key) for index, _ in experts])
+
+
+def _shared(source: _Source, draft: _Draft, key: str, of_models: list[list[_Setting]]) -> Iterator[Problem]:
+    """Translate what each model may have for itself, and refuse it where models differ."""
+    first = of_models[0]
+    for other in of_models[1:]:
+        if [(s.filter, s.value) for s in other] != [(s.filter, s.value) for s in first]:
+            message = f"models have different values of '{key}'; here all experts of a method share one"
+            hint = f"give all models the same {key}, or set it once under `parameters`"
+            yield Problem(source.place(*(other or first)[0].at), message, hint)
+            return
+    yield from _parameter(source, draft, key, first)
 
 
 def _parameter(source: _Source, draft: _Draft, key: str, settings: list[_Setting]) -> Iterator[Problem]:
@@ -294,7 +307,7 @@ def _translated(method: str, key: str, value: Any) -> tuple[str, Any]:  # noqa: 
     if key == "rescale":
         return "rescale", "l1" if value else "none"
     if key == "normalize":
-        return ("merge", "mean" if value else "sum") if method.endswith("ties") else ("normalize", bool(value))
+        return ("merge", "mean" if value else "sum") if method in _ELECTING else ("normalize", bool(value))
     return key, value
 
 

@@ -153,7 +153,7 @@ def test_no_colour_codes_go_to_a_pipe(workshop, mediator, words):
 def test_progress_is_one_plain_line_a_stage_in_a_pipe(workshop, mediator):
     workshop.recipe(assign={"rule": "all"})
     stages = [line.split(":")[0] for line in mediator("merge", "recipe.yaml").err.splitlines()]
-    assert stages == ["digest sources", "measure conflict", "average", "extract experts", "digest bundle"]
+    assert stages == ["survey", "merge", "digest sources"]
 
 
 def test_the_digest_at_the_end_is_the_same_for_the_same_recipe(workshop, mediator):
@@ -212,7 +212,7 @@ def test_the_other_schemas_name_what_a_bundle_holds(workshop, mediator, kind, fi
     written = json.loads((workshop.merge("out") / file).read_text())
     schema = json.loads(mediator("schema", kind).out)
     assert set(schema["properties"]) == set(written)
-    assert schema["properties"]["schema_version"]["const"] == written["schema_version"] == 1
+    assert schema["properties"]["schema_version"]["const"] == written["schema_version"] == 2
 
 
 def test_plan_tells_weights_that_are_not_all_one(answer, mediator, workshop):

@@ -1,11 +1,15 @@
-"""What must start fast: help, inspect and the schemas load without torch, numpy and transformers."""
+"""What must start fast: help, inspect and schemas of bundles load without numpy, all that builds without torch."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "transformers", "safetensors", "matplotlib")
+from mediator_cli.bundle.manifest import read_manifest
+
+HEAVY = ("torch", "numba", "numpy", "transformers", "safetensors", "matplotlib")
+SLOW = ("torch", "transformers", "fsspec", "sklearn")
 COMMANDS = (
     "init", "validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "fit-router", "route", "generate",
     "chat", "evaluate", "ablate", "methods", "schema",
@@ -27,8 +31,13 @@ for words in {!r}:
 """
 
 
+def run_without(names, body, **environment):
+    program = [sys.executable, "-c", PROGRAM.format(body, names)]
+    return subprocess.run(program, capture_output=True, text=True, env=os.environ | environment)
+
+
 def run_without_torch(body):
-    return subprocess.run([sys.executable, "-c", PROGRAM.format(body, HEAVY)], capture_output=True, text=True)
+    return run_without(HEAVY, body)
 
 
 def test_help_and_version_need_no_torch():
@@ -45,6 +54,37 @@ def test_inspect_needs_no_torch(workshop):
     run = run_without_torch(CALLS.format(calls))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(": bundle, 29 tensors") == 2
+
+
+def test_the_schemas_of_a_bundle_need_no_torch():
+    run = run_without_torch(CALLS.format([["schema", "manifest"], ["schema", "conflicts"]]))
+    assert run.returncode == 0, run.stderr
+    assert all(f'"title": "{name}"' in run.stdout for name in ("Manifest", "ConflictReport"))
+
+
+def test_what_looks_before_a_merge_needs_no_torch(workshop):
+    recipe = str(workshop.recipe())
+    calls = [["validate", recipe], ["plan", recipe], ["methods"], ["methods", "ties"], ["schema"]]
+    run = run_without(SLOW, CALLS.format(calls))
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("rule", ["none", "all"])
+def test_a_merge_needs_no_torch_once_it_is_known_what_can_be_routed(workshop, rule):
+    recipe, notes = str(workshop.recipe(assign={"rule": rule})), str(workshop.folder / "notes")
+
+    def merge_without(names, output):
+        call = ["merge", recipe, "-o", str(workshop.folder / output)]
+        return run_without(names, CALLS.format([call]), MEDIATOR_CACHE=notes)
+
+    if rule == "all":
+        asked = merge_without(SLOW, "first")
+        assert "AssertionError: ['torch', 'transformers'" in asked.stderr
+    run = merge_without(SLOW, "out")
+    assert run.returncode == 0, run.stderr
+    routed = [decision == "route" for decision in read_manifest(workshop.folder / "out").assignment.values()]
+    assert routed
+    assert all(routed) == any(routed) == (rule == "all")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from conftest import edit_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 from mediator_cli import Settings, load_recipe, make_plan, merge, read_bundle
+from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.checkpoint.layout import natural_key
-from mediator_cli.engine.streams import BLOCK
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
 STATIC_DENSE = {"assign": {"rule": "all"}, "output": {"dtype": "float32"}}
@@ -65,14 +65,16 @@ def moved(workshop, *tensors):
     return base
 
 
+@pytest.mark.parametrize("shard_size", ["1GB", "1KB"])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.75])
-def test_equal_entries_are_kept_by_order_of_tensors_then_index(workshop, share):
+def test_equal_entries_are_kept_by_order_of_tensors_then_index(workshop, share, shard_size):
     moved(workshop, UP, DOWN)
     sizes = {name: workshop.base[name].numel() for name in (UP, DOWN)}
     total = sum(tensor.numel() for tensor in workshop.base.values())
     count = round(share * sum(sizes.values()))
     extract = over_model(count / total, dense="base")
-    bundle = read_bundle(workshop.merge("out", extract=extract, **STATIC_DENSE))
+    output = {"dtype": "float32", "shard_size": shard_size}
+    bundle = read_bundle(workshop.merge("out", extract=extract, **STATIC_DENSE | {"output": output}))
     first, second = (bundle.experts["a"].read(name).positions.tolist() for name in (UP, DOWN))
     assert first == list(range(min(count, sizes[UP])))
     assert second == list(range(max(0, count - sizes[UP])))
@@ -173,7 +175,7 @@ def test_slabs_and_threads_change_no_bit(workshop, values):
     for workers, slab in ((1, 4 * BLOCK), (3, BLOCK)):
         out = merge(plan, workshop.folder / "out", settings=Settings(workers=workers, slab=slab, overwrite=True))
         manifest = json.loads((out / "routing_manifest.json").read_text())
-        found.append((manifest["digest"], [s["file"]["sha256"] for s in manifest["sparse"]]))
+        found.append((manifest["digest"], [file["xxh3"] for s in manifest["sparse"] for file in s["files"]]))
     assert found[0] == found[1]
     total = sum(tensor.size for tensor in plan.tensors)
     kept = sum(spec.n_kept for spec in read_bundle(out).experts["a"].tensors.values())

@@ -1,9 +1,10 @@
 """A bundle appears whole or not at all."""
 
-import fcntl
 import os
+import shutil
 
 import pytest
+from conftest import all_files
 
 from mediator_cli import Settings, read_bundle
 from mediator_cli.engine import publish as module
@@ -18,14 +19,16 @@ def write(folder, text="new"):
 
 
 def make_bundle(target, text="old"):
-    with publish(target, overwrite=False) as folder:
-        write(folder, text)
+    with publish(target, "new", {}) as building:
+        write(building.folder, text)
     return target
 
 
-def fail_inside(target, error):
-    with publish(target, overwrite=True) as folder:
-        write(folder)
+def fail_inside(target, error, step=None, mode="overwrite"):
+    with publish(target, mode, {}) as building:
+        write(building.folder)
+        if step:
+            building.journal.write(step, {"fact": 1})
         raise error
 
 
@@ -40,8 +43,8 @@ def test_a_bundle_appears_with_all_its_files_and_nothing_else(tmp_path):
 
 
 def test_nothing_stands_at_the_target_while_it_is_built(tmp_path):
-    with publish(tmp_path / "out", overwrite=False) as folder:
-        write(folder)
+    with publish(tmp_path / "out", "new", {}) as building:
+        write(building.folder)
         assert not (tmp_path / "out").exists()
 
 
@@ -52,7 +55,7 @@ def test_an_empty_folder_may_be_filled(tmp_path):
 
 def test_an_existing_bundle_stays_without_overwrite(tmp_path):
     target = make_bundle(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"exists\n  hint: .*--overwrite"), publish(target, overwrite=False):
+    with pytest.raises(OutputError, match=r"exists\n  hint: .*--overwrite"), publish(target, "new", {}):
         pass
     assert (target / "routing_manifest.json").read_text() == "old"
 
@@ -60,8 +63,8 @@ def test_an_existing_bundle_stays_without_overwrite(tmp_path):
 def test_overwrite_replaces_a_bundle(tmp_path):
     target = make_bundle(tmp_path / "out")
     (target / "left-over.txt").write_text("x")
-    with publish(target, overwrite=True) as folder:
-        write(folder)
+    with publish(target, "overwrite", {}) as building:
+        write(building.folder)
     assert names(target) == ["experts", "routing_manifest.json"]
     assert (target / "routing_manifest.json").read_text() == "new"
     assert names(tmp_path) == ["out"]
@@ -71,20 +74,20 @@ def test_overwrite_touches_nothing_but_bundles(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not a bundle, so it is not overwritten"):
-        check_output(tmp_path / "out", overwrite=True)
+        check_output(tmp_path / "out", "overwrite")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_or_link_in_the_way_is_refused(tmp_path, kind, overwrite):
+@pytest.mark.parametrize("mode", ["new", "overwrite", "resume"])
+def test_a_file_or_link_in_the_way_is_refused(tmp_path, kind, mode):
     target = tmp_path / "out"
     if kind == "file":
         target.write_text("mine")
     else:
         target.symlink_to(make_bundle(tmp_path / "real") if kind == "link" else tmp_path / "none")
     with pytest.raises(OutputError, match="exists and is not a folder"):
-        check_output(target, overwrite)
+        check_output(target, mode)
 
 
 def test_a_failure_inside_leaves_nothing_behind(tmp_path):
@@ -111,8 +114,8 @@ def test_a_failed_rename_puts_the_old_bundle_back(tmp_path, monkeypatch):
         return rename(path, other)
 
     monkeypatch.setattr(type(target), "rename", refuse)
-    with pytest.raises(OutputError, match="input/output error"), publish(target, overwrite=True) as folder:
-        write(folder)
+    with pytest.raises(OutputError, match="input/output error"), publish(target, "overwrite", {}) as building:
+        write(building.folder)
     assert (target / "experts" / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["out"]
 
@@ -137,19 +140,21 @@ def test_the_folder_of_a_merge_that_died_is_taken_over(tmp_path):
 
 
 def test_two_merges_at_once_give_one_error(tmp_path):
-    with publish(tmp_path / "out", overwrite=False) as first:
-        write(first, "first")
+    with publish(tmp_path / "out", "new", {}) as first:
+        write(first.folder, "first")
         with pytest.raises(OutputError, match="another merge is writing this output"):
             make_bundle(tmp_path / "out", "second")
-        assert (first / "experts" / "a.txt").read_text() == "first"
+        assert (first.folder / "experts" / "a.txt").read_text() == "first"
     assert (tmp_path / "out" / "routing_manifest.json").read_text() == "first"
 
 
 def test_the_lock_is_given_back(tmp_path):
-    target = make_bundle(tmp_path / "out")
-    descriptor = os.open(target, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(descriptor)
+    for mode in ("new", "overwrite"):
+        with publish(tmp_path / "out", mode, {}) as building:
+            write(building.folder)
+    n_open = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - descriptors are no files
+    make_bundle(tmp_path / "other")
+    assert len(os.listdir("/proc/self/fd")) == n_open  # noqa: PTH208
 
 
 def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
@@ -159,6 +164,68 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     before = {name for name, exists in synced if not exists}
     assert before == {"a.txt", "experts", "routing_manifest.json", ".out.partial"}
     assert (tmp_path.name, True) in synced
+
+
+def test_what_is_finished_is_kept_and_gone_on_with(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(tmp_path / "out", ZeroDivisionError, "one")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match=r"can go on\n  hint: give --resume"):
+        make_bundle(tmp_path / "out")
+    with publish(tmp_path / "out", "resume", {}) as building:
+        assert building.journal.steps == {"one": {"fact": 1}}
+        assert (building.folder / "experts" / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_throws_away_what_is_finished(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(tmp_path / "out", ZeroDivisionError, "one")
+    with publish(tmp_path / "out", "overwrite", {}) as building:
+        assert building.journal.steps == {}
+        assert names(building.folder) == []
+        write(building.folder)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_gone_on_with_stays_and_is_said(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(tmp_path / "out", ZeroDivisionError, "one")
+    before = all_files(tmp_path)
+    message = "cannot go on: the file x changed since it began"
+    with pytest.raises(OutputError, match=message), publish(tmp_path / "out", "resume", {"the file x": 1}):
+        pass
+    assert all_files(tmp_path) == before
+
+
+def test_resume_begins_where_nothing_was_begun(tmp_path):
+    with publish(tmp_path / "out", "resume", {}) as building:
+        write(building.folder)
+    assert names(tmp_path) == ["out"]
+
+
+def test_resume_replaces_no_bundle_unless_the_interrupted_merge_was_to(tmp_path):
+    target = make_bundle(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"exists\n  hint: "), publish(target, "resume", {}):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(target, ZeroDivisionError, "one")
+    assert (target / "routing_manifest.json").read_text() == "old"
+    with publish(target, "resume", {}) as building:
+        assert building.journal.steps == {"one": {"fact": 1}}
+    assert (target / "routing_manifest.json").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("mode", ["overwrite", "resume"])
+def test_a_journal_without_its_folder_is_not_believed(tmp_path, mode):
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(tmp_path / "out", ZeroDivisionError, "one")
+    shutil.rmtree(tmp_path / ".out.partial")
+    with publish(tmp_path / "out", mode, {}) as building:
+        assert building.journal.steps == {}
+        write(building.folder)
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_merge_that_fails_in_the_middle_leaves_the_old_bundle(workshop, monkeypatch):
@@ -172,4 +239,7 @@ def test_a_merge_that_fails_in_the_middle_leaves_the_old_bundle(workshop, monkey
     with pytest.raises(RuntimeError):
         workshop.merge("out", Settings(workers=2, overwrite=True), assign={"rule": "none"})
     assert read_bundle(out).manifest.digest == digest
-    assert not (workshop.folder / ".out.partial").exists()
+    monkeypatch.undo()
+    workshop.merge("out", Settings(workers=2, resume=True), assign={"rule": "none"})
+    assert read_bundle(out).manifest.assignment["model.layers.0"] == "average"
+    assert not list(workshop.folder.glob(".out*"))

@@ -13,7 +13,7 @@ from mediator_cli.executors.place import Place
 from mediator_cli.executors.rank import share_merge
 
 STATIC = {"average": {"method": "ties", "density": 0.4, "trim": "model"}, "assign": {"rule": "none"}}
-MEASURED = {"assign": {"rule": "top_fraction", "value": 0.5}, "extract": {"density": 0.3}}
+MEASURED = {"assign": {"rule": "top_k", "k": 2}, "extract": {"density": 0.3}}
 OVER_MODEL = {"assign": {"rule": "all"}, "extract": {"density": 0.3, "over": "model"}}
 SHARDED = {"output": {"shard_size": "1KB"}}
 
@@ -27,7 +27,7 @@ def merge_together(recipe: Path, out: Path, world: int, patience: float = 60, **
             plan = make_plan(load_recipe(recipe))
             run = share_merge(plan, Settings(workers=1, **how), Place(rank, world, "test"), patience)
             merge(plan, out, settings=run)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - given back
             ends[rank] = error
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]

@@ -1,7 +1,11 @@
 """A mergekit configuration is read as a recipe: the same merge by numpy, or a refusal with its line."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
+from conftest import write_checkpoint
 from safetensors.torch import load_file
 
 from mediator_cli import make_plan, merge
@@ -135,6 +139,17 @@ def test_what_stands_behind_the_value_for_all_never_holds(workshop, load):
         ("dare_ties", "{density: 0.3}", {"merge": "sum", "density": 0.3, "rescale": "l1"}),
         ("dare_ties", "{normalize: true, rescale: false}", {"merge": "mean", "density": 1.0, "rescale": "none"}),
         ("dare_linear", "{density: [0.3, 0.5], normalize: true}", {"density": 0.5, "rescale": "l1", "normalize": True}),
+        ("breadcrumbs", "{}", {"density": 1.0, "gamma": 0.01, "over": "tensor", "keep": "exact", "normalize": False}),
+        ("breadcrumbs", "{density: 0.5, gamma: [0.2, 0.1], normalize: true}", {"gamma": 0.1, "normalize": True}),
+        ("breadcrumbs_ties", "{lambda: 2}", {"density": 1.0, "gamma": 0.01, "lambda": 2.0, "merge": "sum"}),
+        ("breadcrumbs_ties", "{gamma: 0.2, normalize: true}", {"gamma": 0.2, "merge": "mean", "over": "tensor"}),
+        ("della", "{}", {"density": 1.0, "epsilon": 0.15, "rescale": "l1", "lambda": 1.0, "merge": "mean"}),
+        ("della", "{density: 0.5, epsilon: 0.2, normalize: false}", {"density": 0.5, "epsilon": 0.2, "merge": "sum"}),
+        ("della", "{rescale: false, normalize: true}", {"rescale": "none", "merge": "mean"}),
+        ("della_linear", "{}", {"density": 1.0, "epsilon": 0.15, "rescale": "l1", "normalize": False}),
+        ("della_linear", "{density: 0.4, epsilon: [0.2, 0.3], normalize: true}", {"epsilon": 0.3, "normalize": True}),
+        ("sce", "{}", {"select_topk": 1.0, "merged": "selected", "floor": 1e-6}),
+        ("sce", "{select_topk: [0.1, 0.6], int8_mask: true}", {"select_topk": 0.6}),
     ],
 )
 def test_parameters_mean_what_they_mean_to_mergekit(workshop, load, method, parameters, expected):
@@ -142,6 +157,98 @@ def test_parameters_mean_what_they_mean_to_mergekit(workshop, load, method, para
     last = make_plan(load(f"{text}parameters: {parameters}\n")).tensors[-1]
     assert last.name == "model.norm.weight"
     assert {name: last.average.params[name] for name in expected} == expected
+
+
+def mergekit_breadcrumbs_ties(base, deltas, density, gamma):
+    """What mergekit's breadcrumbs_ties does to one tensor: drop outliers and small ones, elect signs, sum."""
+    masked = []
+    for delta in deltas:
+        order, n_top, n_kept = np.argsort(np.abs(delta), axis=None), int(gamma * delta.size), int(density * delta.size)
+        n_small = max(0, delta.size - n_kept - n_top)
+        mask = np.zeros(delta.size, bool)
+        mask[order[n_small : n_small + n_kept]] = True
+        masked.append(np.where(mask.reshape(delta.shape), delta, 0))
+    weighted = [np.float32(weight) * delta for weight, delta in zip((2, 1), masked, strict=True)]
+    sign = np.where(sum(weighted) >= 0, 1, -1)
+    return base + sum(np.where(np.sign(one) == sign, one, 0) for one in weighted)
+
+
+def mergekit_sce(base, deltas, select_topk):
+    """What mergekit's sce does to one tensor: where experts vary most, weigh by energy, erase the lesser sign."""
+    stacked = np.stack(deltas)
+    spread = stacked.var(axis=0)
+    n_chosen = int(select_topk * np.count_nonzero(spread))
+    chosen = stacked * (spread >= np.sort(spread, axis=None)[-n_chosen])
+    energy = (chosen.astype(np.float64) ** 2).reshape(len(deltas), -1).mean(axis=1)
+    weights = (energy / energy.sum()).reshape(-1, *[1] * base.ndim)
+    agree = np.sign(chosen) == np.where(chosen.sum(axis=0) >= 0, 1, -1)
+    mass = np.maximum((weights * agree).sum(axis=0), 1e-6)
+    return base + (chosen * weights * agree).sum(axis=0) / mass
+
+
+def exact_experts(workshop):
+    """Experts whose deltas are all different in size, so that no two entries are equally large."""
+    made = {}
+    for seed, name in enumerate("ab"):
+        rng = np.random.default_rng(seed)
+        made[name] = {}
+        for key, tensor in workshop.base.items():
+            steps = (rng.permutation(tensor.numel()) + 1 + seed / 2) * rng.choice([-1, 1], tensor.numel()) / 1024
+            made[name][key] = tensor.float() + torch.from_numpy(steps.astype(np.float32)).reshape(tensor.shape)
+        write_checkpoint(workshop.folder / name, made[name])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("method", "formula", "parameters"),
+    [
+        ("breadcrumbs_ties", mergekit_breadcrumbs_ties, {"density": 0.5, "gamma": 0.2}),
+        ("breadcrumbs_ties", mergekit_breadcrumbs_ties, {"density": 0.75, "gamma": 0.5}),
+        ("sce", mergekit_sce, {"select_topk": 0.25}),
+    ],
+)
+def test_the_merge_is_that_of_mergekit(workshop, load, method, formula, parameters):
+    experts = exact_experts(workshop)
+    weight = ", parameters: {weight: 2}" if method != "sce" else ""
+    models = f"[{{model: ./base}}, {{model: ./a{weight}}}, {{model: ./b}}]"
+    text = f"merge_method: {method}\nbase_model: ./base\nmodels: {models}\nparameters: {json.dumps(parameters)}\n"
+    found = load_file(merge(make_plan(load(f"{text}dtype: float32\n")), workshop.folder / "out") / "model.safetensors")
+    for name, tensor in workshop.base.items():
+        base = tensor.float().numpy()
+        deltas = [experts[e][name].numpy() - base for e in "ab"]
+        np.testing.assert_allclose(
+            found[name].numpy(), formula(base, deltas, **parameters), rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [("breadcrumbs", "gamma"), ("breadcrumbs_ties", "gamma"), ("della", "epsilon"), ("della_linear", "epsilon")],
+)
+def test_what_all_models_have_alike_is_one_parameter_here(workshop, load, method, key):
+    own = f"parameters: {{weight: 2, density: 0.5, {key}: 0.2}}"
+    text = f"merge_method: {method}\nbase_model: ./base\nmodels:\n- {{model: ./a, {own}}}\n- {{model: ./b, {own}}}\n"
+    recipe = load(text).recipe
+    assert recipe.average.params == {"density": 0.5, key: 0.2}
+    assert [expert.weight for expert in recipe.experts] == [2.0, 2.0]
+    filtered = text.replace(f"{key}: 0.2", f"{key}: [{{filter: mlp, value: 0.1}}, {{value: 0.2}}]")
+    found = {tensor.name: tensor.average.params[key] for tensor in make_plan(load(filtered)).tensors}
+    assert all(value == (0.1 if ".mlp." in name else 0.2) for name, value in found.items())
+    message = f"models have different values of '{key}'; here all experts of a method share one"
+    hint = f"give all models the same {key}, or set it once under `parameters`"
+    other = text.replace(f"{key}: 0.2", f"{key}: 0.1", 1)
+    assert problems(load, other) == [(f"5 models[1].parameters.{key}", message, hint)]
+    one_only = text.replace(f", {key}: 0.2", "", 1)
+    assert [at for at, _, _ in problems(load, one_only)] == [f"5 models[1].parameters.{key}"]
+
+
+def test_the_energies_of_sce_are_its_weights(workshop, load):
+    text = "merge_method: sce\nbase_model: ./base\nmodels: [{model: ./a}, {model: ./b}]\n"
+    assert [expert.weight for expert in load(text).recipe.experts] == [1.0, 1.0]
+    common = problems(load, text + "parameters: {weight: 2}\n")
+    assert [(at, message) for at, message, _ in common] == [("4 parameters.weight", "sce takes no 'weight'")]
+    own = problems(load, text.replace("./a}", "./a, parameters: {weight: 2}}"))
+    assert own == [("3 models[0].parameters.weight", "sce takes no 'weight' of a model", "sce takes none")]
 
 
 def test_an_adapter_on_the_base_is_an_expert(workshop, load):
@@ -169,7 +276,7 @@ def test_changes_and_later_faults_stand_where_they_were_written(workshop, load):
 
 
 REFUSED = {
-    "method": (TIES.replace("d: ties", "d: breadcrumbs"), "1 merge_method", "'breadcrumbs' has no"),
+    "method": (TIES.replace("d: ties", "d: model_stock"), "1 merge_method", "'model_stock' has no"),
     "slices": (TIES.replace("models:", "slices:"), "3 slices", "mergekit's `slices` has no counterpart"),
     "modules": (TIES + "modules: {}\n", "18 modules", "mergekit's `modules` has no counterpart"),
     "chat template": (TIES + "chat_template: auto\n", "18 chat_template", "`chat_template` has no counterpart"),
@@ -181,7 +288,9 @@ REFUSED = {
         "merge_method: ties\nbase_model: ./a\nmodels: [{model: ./a}]\n", "3 models", "no model beside the base",
     ),
     "slerp of others": (FILTERS.replace("base_model: ./b", "base_model: ./c"), "3 models", "one of them base_model"),
-    "densities": (TIES.replace("0.4\nparam", "0.5\nparam"), "12 models[2].parameters.density", "different densities"),
+    "densities": (
+        TIES.replace("0.4\nparam", "0.5\nparam"), "12 models[2].parameters.density", "different values of 'density'",
+    ),
     "unknown parameter": (TIES.replace("int8_mask", "gamma"), "15 parameters.gamma", "ties takes no 'gamma'"),
     "parameter of a model": (
         TIES.replace("weight: 0.5", "epsilon: 0.5"), "7 models[1].parameters.epsilon", "takes no 'epsilon' of a model",

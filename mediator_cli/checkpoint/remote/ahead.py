@@ -1,7 +1,7 @@
 """Read-ahead for files that are read by ranges: small reads in about their order become few large requests.
 
-A file is cut into granules; an extent is a run of granules that one request brings. A read that follows on another
-doubles the extent and brings the next one early; any other brings what it needs and no more.
+A file is cut into granules; an extent is a run of granules that one request brings. A read that follows on another,
+or begins a tensor, brings more than it needs and the next extents early; any other brings what it needs and no more.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Fetch = Callable[[int, int], bytes]
+    Span = tuple[int, int]
 
 GRANULE = 128 << 10
 _LARGEST = 4 << 20
-_OVERSHOOT = 1 << 20
-"""How far an extent may go on behind the end of a tensor: small tensors are read together."""
+_FIRST = 1 << 20
+"""Of a tensor that is begun."""
+_GROWTH = 4
+_DEPTH = 2
+"""Extents that are asked for before they are needed."""
 _AT_A_TIME = 16
 KEPT_BYTES = 64 << 20
 """What all files of one reading keep together; the extents in use at the moment come on top."""
@@ -59,12 +63,12 @@ class Ahead:
         self._fetches.append(fetch)
         return len(self._sizes) - 1
 
-    def read_into(self, file: int, offset: int, view: memoryview, end: int) -> int:
-        """Fill `view` with the bytes from `offset`; gives how many there are. Reads are expected to go on to `end`."""
+    def read_into(self, file: int, offset: int, view: memoryview, span: Span) -> int:
+        """Fill `view` with the bytes from `offset`; gives how many there are. `span` is that of the tensor."""
         stop = min(offset + len(view), self._sizes[file])
         at = offset
         while at < stop:
-            extent = self._find(file, at, stop, end)
+            extent = self._find(file, at, stop, span)
             upto = min(stop, extent.stop)
             # The view of the bytes spares a copy of the slice.
             data = memoryview(extent.data.result())
@@ -72,35 +76,38 @@ class Ahead:
             at = upto
         return max(0, stop - offset)
 
-    def _find(self, file: int, at: int, stop: int, end: int) -> _Extent:
-        """Give the extent that holds byte `at`, and start on the one behind it where reads go on."""
+    def _find(self, file: int, at: int, stop: int, span: Span) -> _Extent:
+        """Give the extent that holds byte `at`, and start on those behind it where reads go on."""
         with self._lock:
             number = at // self._granule
-            extent = self._granules.get((file, number)) or self._start(file, number, stop, end)
-            self._used.move_to_end((file, extent.start))
-            if extent.follows and extent.stop < min(end, self._sizes[file]):
-                following = extent.stop // self._granule
-                if (file, following) not in self._granules:
-                    self._start(file, following, extent.stop, end)
-            return extent
+            found = self._granules.get((file, number)) or self._start(file, number, stop, span)
+            self._used.move_to_end((file, found.start))
+            last = found
+            for _ in range(_DEPTH):
+                if not last.follows or last.stop >= min(span[1], self._sizes[file]):
+                    break
+                number = last.stop // self._granule
+                last = self._granules.get((file, number)) or self._start(file, number, last.stop, span)
+            return found
 
-    def _start(self, file: int, number: int, stop: int, end: int) -> _Extent:
+    def _start(self, file: int, number: int, stop: int, span: Span) -> _Extent:
         """Ask for an extent from a granule on, at least to `stop` where that is not too far."""
-        start = number * self._granule
+        start, largest = number * self._granule, self._largest()
         before = self._granules.get((file, number - 1))
-        wanted = self._up(min(stop, start + self._largest()))
+        begins = start <= span[0] < start + self._granule
+        wanted = min(stop, start + largest)
         if before is not None:
-            length = min(2 * (before.stop - before.start), self._largest())
-            wanted = max(wanted, min(self._up(start + length), max(self._up(end), self._up(start + _OVERSHOOT))))
-        first, last = number + 1, max(number + 1, wanted // self._granule)
+            # This may go on behind the end of the tensor: most often that is where the next one lies.
+            wanted = max(wanted, start + min(_GROWTH * (before.stop - before.start), largest))
+        elif begins:
+            wanted = max(wanted, min(span[1], start + min(_FIRST, largest)))
+        first, last = number + 1, max(number + 1, -(-wanted // self._granule))
         free = next((n for n in range(first, last) if (file, n) in self._granules), last)
         stop = min(free * self._granule, self._sizes[file])
-        extent = _Extent(start, stop, before is not None, self._pool.submit(self._fetches[file], start, stop))
+        follows = begins or before is not None
+        extent = _Extent(start, stop, follows, self._pool.submit(self._fetches[file], start, stop))
         self._keep(file, extent)
         return extent
-
-    def _up(self, at: int) -> int:
-        return -(-at // self._granule) * self._granule
 
     def _largest(self) -> int:
         """Bound extents so that four of each file that is being read fit in what is kept."""

@@ -25,9 +25,9 @@ class RemoteHandle:
     ahead: Ahead
     number: int
 
-    def read_into(self, offset: int, view: memoryview, end: int) -> int:
-        """Fill a view with the bytes from `offset`; gives how many came. Reads are expected to go on to `end`."""
-        return self.ahead.read_into(self.number, offset, view, end)
+    def read_into(self, offset: int, view: memoryview, span: tuple[int, int]) -> int:
+        """Fill a view with the bytes from `offset`; gives how many came. `span` is that of the tensor."""
+        return self.ahead.read_into(self.number, offset, view, span)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mediator_cli.checkpoint.remote.errors import ShortReadError, explain, is_final
@@ -96,7 +97,7 @@ class Store:
     def _cat(self, path: str, start: int, stop: int) -> bytes:
         if start >= stop:
             return b""
-        reads_ranges = type(self.files).cat_file is not _abstract().cat_file
+        reads_ranges = self.files.async_impl or type(self.files).cat_file is not _abstract().cat_file
         # What fsspec does by default opens the file with a read-ahead of its own.
         options = {} if reads_ranges else {"cache_type": "none"}
         data: bytes = self.files.cat_file(path, start=start, end=stop, **options)
@@ -176,5 +177,11 @@ def _abstract() -> Any:  # noqa: ANN401 - fsspec has no types
 
 
 def _facts(entry: Mapping[str, Any]) -> Facts:
-    marks = {name: str(entry[name]) for name in (*_STRONG, *_TIMES) if entry.get(name) is not None}
+    marks = {name: _mark(entry[name]) for name in (*_STRONG, *_TIMES) if entry.get(name) is not None}
     return Facts(int(entry.get("size") or 0), marks)
+
+
+def _mark(value: object) -> str:
+    # A list may tell in seconds what is asked for as a date.
+    seconds = value.timestamp() if isinstance(value, datetime) else value
+    return f"{seconds:.6f}" if isinstance(seconds, float) else str(seconds)

@@ -6,7 +6,7 @@ import re
 
 from mediator_cli.errors import CheckpointError, Problem
 
-_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
+_URL = re.compile(r"(?:[\w+.-]+::)*(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 
 
 def is_url(text: str) -> bool:

@@ -79,19 +79,33 @@ def _beside(preview: Preview) -> list[tuple[str, ...]]:
     ]
 
 
+def _scores(preview: Preview) -> list[str]:
+    """Write the score of each row, with its bound where it is an estimate."""
+    shown = ["" if score is None else f"{100 * score:.1f}" for score in preview.scores]
+    if not preview.bounds:
+        return shown
+    pairs = zip(shown, preview.bounds, strict=True)
+    return [score if bound is None or not score else f"{score} ±{100 * bound:.1f}" for score, bound in pairs]
+
+
 def print_heat_map(report: ConflictReport, preview: Preview) -> None:
     """Print conflict by layer and module kind in percent, then the assignment that the recipe gives."""
     table = preview.table
     rows: list[tuple[str | Text, ...]] = [
-        (row, *(_cell(value) for value in values), "" if score is None else f"{100 * score:.1f}", *beside, decision)
+        (row, *(_cell(value) for value in values), score, *beside, decision)
         for row, values, score, beside, decision in zip(
-            table.rows, table.values, preview.scores, _beside(preview), preview.decisions, strict=True
+            table.rows, table.values, _scores(preview), _beside(preview), preview.decisions, strict=True
         )
     ]
-    say(f"conflict ({preview.measure}, in %) between {', '.join(report.experts)}; denoise {report.denoise}")
+    what = "conflict"
+    if report.sample is not None:
+        what = f"estimate, from {100 * report.sample.share:.3g} % of the weights, of conflict"
+    say(f"{what} ({preview.measure}, in %) between {', '.join(report.experts)}; denoise {report.denoise}")
     columns = [f"{short_kind(kind)}#" for kind in table.columns]
     print_table(("layer", *columns, "score#", *(f"{name}#" for name in _shown_beside()), "assignment"), rows)
     say("0 = all signs agree, 50 = signs are as in independent random deltas")
+    if report.sample is not None:
+        say("±: in 95 of 100 samples, the score of all weights is as near; thresholds are taken as found in the sample")
     if _shown_beside():
         say(
             "any: any two experts disagree; cosine: of raw deltas; overlap: changed by both, of those changed by either"
@@ -126,6 +140,7 @@ def draw_heat_map(file: Path, report: ConflictReport, preview: Preview) -> None:
     right.scatter([preview.scores[n] or 0.0 for n in inside], inside, c=colours)
     right.grid(axis="x", alpha=0.4)
     right.set_xlabel("score of the layer\nred: routed, blue: averaged")
-    figure.suptitle(f"Conflict between {', '.join(report.experts)}")
+    what = "Conflict" if report.sample is None else "Estimate of the conflict"
+    figure.suptitle(f"{what} between {', '.join(report.experts)}")
     figure.savefig(file, bbox_inches="tight", dpi=120)
     plt.close(figure)

@@ -32,10 +32,10 @@ def heat_page(plan: Plan, report: ConflictReport, preview: Preview) -> str:
     title = f"Conflict of {', '.join(report.experts)}"
     parts = [
         "<header>",
-        "<h1>Where the experts disagree</h1>",
+        f"<h1>Where the experts disagree{'' if report.sample is None else ': an estimate'}</h1>",
         f'<p class="names">{escaped(", ".join(report.experts))}, tuned from {escaped(plan.loaded.recipe.base)}.</p>',
         f'<p class="soft">{escaped(_MEANING.get(preview.measure, ""))} 0 % = all signs agree, 50 % = as in independent '
-        f"random changes. {escaped(denoise_words(report.denoise))}</p>",
+        f"random changes. {escaped(denoise_words(report.denoise))}{_estimate(report)}</p>",
         _facts(plan, preview),
         "</header>",
         _chart(preview),
@@ -51,6 +51,17 @@ def heat_page(plan: Plan, report: ConflictReport, preview: Preview) -> str:
     )
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
+
+
+def _estimate(report: ConflictReport) -> str:
+    """Say, of an estimate, what it rests on and how far the least sure score may be off."""
+    if report.sample is None:
+        return ""
+    widest = max((bound.sign for bound in report.sample.bounds.values()), default=0.0)
+    return (
+        f" Estimated from {percent(report.sample.share)} of each tensor: by sign, the score of each unit is right "
+        f"within ±{percent(widest)} or less, in 95 of 100 samples."
+    )
 
 
 def percent(value: float) -> str:
@@ -155,7 +166,7 @@ def _sources(plan: Plan, report: ConflictReport) -> str:
         for name, files in report.sources.items()
     )
     heads = '<th scope="col">source</th><th scope="col">from</th><th scope="col" class="number">weights</th>'
-    heads += '<th scope="col">sha256 begins</th>'
+    heads += '<th scope="col">digest begins</th>'
     table = f'<table class="list"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     return f'<section><h2>Measured on</h2><div class="wide">{table}</div></section>'
 

@@ -56,7 +56,7 @@ def extract_batch(
         measured[item.key] = measure(item, choices[item.key])
         advance(item.tensor.size)
 
-    run_all(look, sorted(items, key=lambda item: -item.tensor.size), workers)
+    run_all(look, sorted(items, key=lambda item: -item.tensor.size), workers, stop=job.stop)
     coders = [_placed(item, measured[item.key], writers[item.expert]) for item in items]
     kept: dict[tuple[str, str], Kept] = {}
 
@@ -64,7 +64,7 @@ def extract_batch(
         kept[coder.item.key] = coder.encode(choices[coder.item.key])
         advance(coder.item.tensor.size)
 
-    run_all(encode, sorted(coders, key=lambda coder: -coder.item.tensor.size), workers)
+    run_all(encode, sorted(coders, key=lambda coder: -coder.item.tensor.size), workers, stop=job.stop)
     found: dict[str, dict[str, Stored]] = {expert: {} for expert in job.experts}
     for item in items:
         found[item.expert][item.tensor.name] = Stored(measured[item.key], kept[item.key])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mediator_cli.engine.extract.item import Item
-from mediator_cli.engine.pool import run_all
+from mediator_cli.engine.pool import Stopped, run_all
 from mediator_cli.engine.select import Ranked, select
 from mediator_cli.engine.streams import draw
 from mediator_cli.engine.sweep import all_of, carry_out
@@ -111,6 +111,8 @@ def masked(item: Item, limit: Limit) -> Iterator[tuple[Piece, Part, Flags]]:
     """Go through a tensor in order; give each slab with its mask of kept entries."""
     ties, extract = limit.ties, item.tensor.extract
     for piece in item.pieces():
+        if item.job.stop.is_set():
+            raise Stopped
         part, mask = item.part(piece), np.empty(piece.size, np.bool_)
         if extract.select == "random":
             uniforms = np.empty(piece.size, np.float32)

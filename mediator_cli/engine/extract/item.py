@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,12 +37,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Extraction:
-    """The experts to extract, by name, the dense tensors they add to, the slab size and the seed."""
+    """The experts to extract, by name, the dense tensors they add to, the slab size and the seed.
+
+    `stop` is set when another tensor's error or an interrupt has made the work useless.
+    """
 
     experts: Mapping[str, Reader]
     dense: Dense
     slab: int
     seed: int
+    stop: Event = field(default_factory=Event)
 
 
 @dataclass(frozen=True)
