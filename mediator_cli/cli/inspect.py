@@ -22,7 +22,7 @@ def inspect(
     source: Annotated[
         str,
         typer.Argument(
-            help="A bundle, a checkpoint or an adapter: a folder, or ORG/NAME on the Hub.",
+            help="A bundle, a checkpoint or an adapter: a folder, a URL, or ORG/NAME on the Hub.",
             metavar="SOURCE",
             show_default=False,
         ),
@@ -38,7 +38,7 @@ def inspect(
     location = find_location(source, Path(source).absolute(), Access(offline))
     # A folder is shown as it was written, not by its long path.
     folder = Path(source) if location.folder == Path(source).absolute() else location.folder
-    facts = describe(folder, location.repo)
+    facts = describe(folder, location.repo) | ({"path": location.shown} if location.remote else {})
     if as_json:
         print_json(facts)
         return

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 def merge(
     recipe: RecipeArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the bundle; default: output.path of the recipe.")
+        str | None,
+        typer.Option("--output", "-o", help="Folder or URL of the bundle; default: output.path of the recipe."),
     ] = None,
     conflicts: Annotated[
         Path | None, typer.Option("--conflicts", help="Reuse this conflicts.json instead of measuring.")
@@ -115,7 +116,7 @@ def _place() -> tuple[Place, float]:
 
 
 def _here(
-    plan: Plan, output: Path | None, conflicts: Path | None, run: Settings, place: Place | None, patience: float
+    plan: Plan, output: str | None, conflicts: Path | None, run: Settings, place: Place | None, patience: float
 ) -> Path:
     """Merge in this process, alone or as one of several."""
     from mediator_cli.pipeline.merge import merge as carry_out
@@ -129,7 +130,7 @@ def _here(
 
 def _on_ray(
     plan: Plan,
-    output: Path | None,
+    output: str | None,
     conflicts: Path | None,
     run: Settings,
     given: tuple[str | None, int | None, int | None, bool],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.checkpoint.digest import Digests
-    from mediator_cli.checkpoint.read import Reader
+    from mediator_cli.checkpoint.read import Handle, Reader
     from mediator_cli.checkpoint.spans import Layout
     from mediator_cli.kernels.arrays import Doubles, Floats
     from mediator_cli.methods.registry import Space
@@ -173,7 +173,7 @@ def open_streams(plan: Plan, digests: Digests | None = None) -> Iterator[Streams
 
 
 def _own_reader(
-    expert: ExpertSource, base: FullReader, descriptors: Mapping[Path, int], digests: Digests | None
+    expert: ExpertSource, base: FullReader, descriptors: Mapping[Path, Handle], digests: Digests | None
 ) -> Reader:
     """Read an expert's tensors under the base's names."""
     if isinstance(expert.source, Adapter):

@@ -6,6 +6,7 @@ import heapq
 import os
 import zlib
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -37,10 +38,10 @@ def save_arrays(file: Path, groups: Sequence[Arrays]) -> None:
 def load_arrays(file: Path, like: Sequence[Arrays]) -> list[Arrays]:
     """Read groups of arrays that are like those given in number, shape and dtype; raise OutputError if they are not."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             found = [[stored[f"{at}.{n}"] for n in range(len(group))] for at, group in enumerate(like)]
             is_same = len(stored.files) == sum(map(len, like)) and all(map(_alike, found, like))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise _unusable(file, str(error)) from None
     if not is_same:
         raise _unusable(file, "it holds other arrays than expected")

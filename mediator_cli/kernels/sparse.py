@@ -71,9 +71,9 @@ def find_kept(mask: Flags, places: Words) -> int:
     # Where few are kept, most words of eight flags are zero.
     for t in range(0, mask.shape[0], _STRIDE):
         part = mask[t : t + _STRIDE]
-        if part.shape[0] < _STRIDE:
-            flags[:] = False
-        flags[: part.shape[0]] = part
+        flags[part.shape[0] :] = False
+        for i in range(part.shape[0]):
+            flags[i] = part[i]
         for w in range(words.shape[0]):
             if words[w]:
                 for i in range(8 * w, 8 * w + 8):
@@ -88,12 +88,12 @@ def count_gap_bytes(places: Words, first: int, position: int) -> tuple[int, int]
     count = places.shape[0]
     if not count:
         return 0, position
-    n_bytes = count + (first + np.int64(places[0]) - position) // _ESCAPE
+    n_bytes = count + (first + int(places[0]) - position) // _ESCAPE
     last, here = places[:-1], places[1:]
     escapes = np.uint32(0)
     for k in range(here.shape[0]):
         escapes += np.uint32(np.uint32(here[k] - last[k] - np.uint32(1)) // np.uint32(_ESCAPE))
-    return n_bytes + np.int64(escapes), first + np.int64(places[count - 1]) + 1
+    return int(n_bytes + escapes), first + int(places[count - 1]) + 1
 
 
 @kernel
@@ -105,7 +105,7 @@ def write_gaps(places: Words, first: int, position: int, out: Bytes) -> tuple[in
     """
     at = 0
     for k in range(places.shape[0]):
-        gap = first + np.int64(places[k]) - position
+        gap = first + int(places[k]) - position
         position += gap + 1
         while gap >= _ESCAPE:
             out[at] = _ESCAPE
@@ -169,48 +169,60 @@ def square_sums(delta: Floats, places: Words, bounds: Counts, decoded: Floats, i
     `decoded` [k] times `inverse` is read back at `places` [k], elsewhere nothing; those of block b are the places
     from bounds[b] to bounds[b + 1].
     """
-    tile, given = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    energy, held, lost = aligned(LANES), aligned(LANES), aligned(LANES)
     sums = np.empty((-(-delta.shape[0] // block), 2), np.float64)
     for b in range(sums.shape[0]):
-        row = delta[b * block : (b + 1) * block]
-        energy[:] = 0.0
-        held[:] = 0.0
-        lost[:] = 0.0
-        for t in range(0, row.shape[0], TILE):
-            part = row[t : t + TILE]
-            if part.shape[0] < TILE:
-                fill_tile(row, t, tile)
-                part = tile
-            x, y, z, u = part[:LANES], part[LANES : 2 * LANES], part[2 * LANES : 3 * LANES], part[3 * LANES :]
-            for k in range(LANES):
-                first, second, third, last = np.float64(x[k]), np.float64(y[k]), np.float64(z[k]), np.float64(u[k])
-                energy[k] = (((energy[k] + first * first) + second * second) + third * third) + last * last
-        for t in range(bounds[b], bounds[b + 1], TILE):
-            chosen, back = places[t : min(t + TILE, bounds[b + 1])], decoded[t : bounds[b + 1]]
-            if chosen.shape[0] < TILE:
-                tile[:] = np.float32(0)
-                given[:] = np.float32(0)
-            for i in range(chosen.shape[0]):
-                tile[i] = delta[chosen[i]]
-                given[i] = back[i]
-            for q in range(0, TILE, LANES):
-                x, y = tile[q : q + LANES], given[q : q + LANES]
-                for k in range(LANES):
-                    wide = np.float64(x[k])
-                    error = wide - np.float64(y[k]) * inverse
-                    held[k] += wide * wide
-                    lost[k] += error * error
-        # What is not kept is lost. The difference is wrong by 10⁻¹⁵ of the energy or so, and shares of it are told to
-        # six digits.
-        sums[b, 0] = total(energy)
-        sums[b, 1] = max(sums[b, 0] - total(held), 0.0) + total(lost)
+        start, stop = bounds[b], bounds[b + 1]
+        energy = sum_squares(delta[b * block : (b + 1) * block])
+        held, lost = sum_kept_squares(delta, places[start:stop], decoded[start:stop], inverse)
+        # What is not kept is lost. The difference is off by some 10⁻¹⁵ of the energy, whose shares are told to six
+        # digits.
+        sums[b, 0], sums[b, 1] = energy, max(energy - held, 0.0) + lost
     return sums
 
 
 @kernel
+def sum_squares(values: Floats) -> float:
+    """Sum v² over values [m]."""
+    tile, lanes = np.empty(TILE, np.float32), aligned(LANES)
+    lanes[:] = 0.0
+    for t in range(0, values.shape[0], TILE):
+        part = values[t : t + TILE]
+        if part.shape[0] < TILE:
+            fill_tile(values, t, tile)
+            part = tile
+        x, y, z, u = part[:LANES], part[LANES : 2 * LANES], part[2 * LANES : 3 * LANES], part[3 * LANES :]
+        for k in range(LANES):
+            a, b, c, d = np.float64(x[k]), np.float64(y[k]), np.float64(z[k]), np.float64(u[k])
+            lanes[k] = (((lanes[k] + a * a) + b * b) + c * c) + d * d
+    return total(lanes)
+
+
+@kernel
+def sum_kept_squares(delta: Floats, places: Words, decoded: Floats, inverse: float) -> tuple[float, float]:
+    """Sum delta² and (delta - inverse · decoded)² over the entries of delta [m] at some places [k]."""
+    tile, given = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    held, lost = aligned(LANES), aligned(LANES)
+    held[:] = 0.0
+    lost[:] = 0.0
+    for t in range(0, places.shape[0], TILE):
+        chosen = places[t : t + TILE]
+        fill_tile(decoded, t, given)
+        tile[chosen.shape[0] :] = np.float32(0)
+        for i in range(chosen.shape[0]):
+            tile[i] = delta[chosen[i]]
+        for q in range(0, TILE, LANES):
+            x, y = tile[q : q + LANES], given[q : q + LANES]
+            for k in range(LANES):
+                wide = np.float64(x[k])
+                error = wide - np.float64(y[k]) * inverse
+                held[k] += wide * wide
+                lost[k] += error * error
+    return total(held), total(lost)
+
+
+@kernel
 def subtract_bf16(values: Floats, dense: Halves, out: Floats) -> None:
-    """Round values [m] to bfloat16, ties to even, and subtract bfloat16 bits [m] from them, in float32."""
+    """Round finite values [m] to bfloat16, ties to even, and subtract bfloat16 bits [m] from them, in float32."""
     bits, target = values.view(np.uint32), out.view(np.uint32)
     room = np.empty(_STRIDE, np.uint32)
     floats = room.view(np.float32)

@@ -18,7 +18,16 @@ from mediator_cli.checkpoint.digest import fold
 from mediator_cli.pipeline.cost import DIGEST, USUAL, Step, list_steps, read_step
 from mediator_cli.pipeline.disks import cached_share, free_memory, read_rate, write_rate
 from mediator_cli.pipeline.forecast import Constants, Rate
-from mediator_cli.pipeline.probe import all_deltas, best_time, measure, open_bench, read_all, write_tiny_recipe
+from mediator_cli.pipeline.probe import (
+    REPEATS,
+    Spent,
+    all_deltas,
+    best_time,
+    measure,
+    open_bench,
+    read_all,
+    write_tiny_recipe,
+)
 from mediator_cli.pipeline.record import package_version
 from mediator_cli.pipeline.sources import tensors_by_file
 
@@ -32,6 +41,8 @@ _NOTE = "calibration"
 _BASICS = (DIGEST, read_step(USUAL), Step("copy", USUAL))
 _WARM = 0.9
 """Share of the sources that has to be in memory for them to count as such."""
+_CALM = 0.8
+"""Share of a core below which other programs disturb what is measured."""
 _EXPERTS = 4
 
 
@@ -55,7 +66,7 @@ def constants_for(plan: Plan, target: Path, notify: Callable[[str], None], *, an
     machine = known
     if machine is None or steps:
         notify(f"measuring {'what this recipe needs' if machine else 'this machine'} once, a few seconds")
-        machine = _measured(machine, steps)
+        machine = _measured(machine, steps, notify)
     source, folder = largest_source(plan), _existing(target)
     machine = replace(machine, disks={**_disks(source, folder), **machine.disks})
     if machine != known:
@@ -97,8 +108,12 @@ def read_machine(key: str) -> Machine | None:
         return None
 
 
-def _measured(known: Machine | None, steps: Iterable[Step]) -> Machine:
-    """Measure steps, and the machine itself where nothing is known of it."""
+def _measured(known: Machine | None, steps: Iterable[Step], notify: Callable[[str], None]) -> Machine:
+    """Measure steps, and the machine itself where nothing is known of it.
+
+    Steps are measured in processor time. Where other programs leave one worker less than a core, the clock tells
+    nothing: workers then count as always busy, and the start as long as its processor time.
+    """
     workers = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="mediator-") as folder, open_bench(Path(folder), workers) as bench:
         rates = {step.key: measure(bench, step) for step in steps}
@@ -106,17 +121,24 @@ def _measured(known: Machine | None, steps: Iterable[Step]) -> Machine:
             return replace(known, rates={**known.rates, **rates})
         read, parts = all_deltas(bench, _EXPERTS)
         alone, together = read_all(read, parts, 1), read_all(read, parts, workers)
-    busy = min(1.0, together.cpu / (together.wall * workers))
-    return Machine(_start_seconds(), max(1.0, together.cpu / alone.cpu), busy, rates, {})
+    start, crowding = _start(), max(1.0, together.cpu / alone.cpu)
+    if alone.cpu < _CALM * alone.wall:
+        notify("other programs are at work: measure again with --calibrate when they are not")
+        return Machine(start.cpu, crowding, 1.0, rates, {})
+    return Machine(start.wall, crowding, min(1.0, together.cpu / (together.wall * workers)), rates, {})
 
 
-def _start_seconds() -> float:
+def _start() -> Spent:
     """Time a whole merge of next to nothing, in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="mediator-") as folder:
         recipe = write_tiny_recipe(Path(folder))
         command = [sys.executable, "-m", "mediator_cli", "merge", str(recipe), "--overwrite", "--quiet"]
         environment = {**os.environ, "MEDIATOR_CACHE": folder}
-        return best_time(lambda: subprocess.run(command, env=environment, check=False, capture_output=True)).wall
+        before = os.times()
+        best = best_time(lambda: subprocess.run(command, env=environment, check=False, capture_output=True))
+        after = os.times()
+    taken = after.children_user + after.children_system - before.children_user - before.children_system
+    return Spent(taken / (REPEATS + 1), best.wall)
 
 
 def _disks(source: Path | None, folder: Path) -> dict[str, float]:

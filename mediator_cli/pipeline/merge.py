@@ -11,7 +11,7 @@ from mediator_cli.bundle.sparse_file import open_sparse_file
 from mediator_cli.checkpoint.digest import Digests, digest_file
 from mediator_cli.checkpoint.write import index_json, plan_shards
 from mediator_cli.engine.batches import cut_shards
-from mediator_cli.engine.publish import check_output, publish
+from mediator_cli.engine.publish import can_resume, check_output, publish
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import open_streams
 from mediator_cli.errors import OutputError, Problem
@@ -24,8 +24,9 @@ from mediator_cli.pipeline.record import Outcome, SparseFiles, make_manifest, mo
 from mediator_cli.pipeline.routable import check_routing
 from mediator_cli.pipeline.settings import Settings, budget_of, dense_bytes, new_tensor, output_folder, row_bytes
 from mediator_cli.pipeline.side_files import write_json, write_side_files
-from mediator_cli.pipeline.sources import identities, source_files
+from mediator_cli.pipeline.sources import check_unchanged, identities, source_files
 from mediator_cli.pipeline.survey import conflict_report, take_survey
+from mediator_cli.pipeline.upload import check_output_url, output_url, prepare_staging, upload_bundle
 from mediator_cli.pipeline.write import Work, carry_out_batches, sparse_files
 from mediator_cli.recipe.sizes import parse_size
 
@@ -59,7 +60,7 @@ def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictR
 
 
 def merge(
-    plan: Plan, output: Path | None = None, conflicts: Path | None = None, settings: Settings | None = None
+    plan: Plan, output: Path | str | None = None, conflicts: Path | None = None, settings: Settings | None = None
 ) -> Path:
     """Carry a plan out and return the finished bundle's folder.
 
@@ -70,22 +71,30 @@ def merge(
     given, plan = plan, check_routing(plan)
     for notice in plan.notices[len(given.notices) :]:
         run.notify(notice)
-    target = output_folder(plan, output)
-    check_output(target, run.mode)
-    _check_space(plan, target, run)
-    job = _prepare_router(plan)
+    url = output_url(plan, output)
+    if url is not None:
+        check_output_url(url, run.mode)
+    target = output_folder(plan, output) if url is None else prepare_staging(url)
+    # Who asks for both wants to go on if that is possible, and to begin anew otherwise.
+    mode = "overwrite" if run.overwrite and not can_resume(target) else run.mode
+    check_output(target, mode)
+    if mode != "resume":
+        _check_space(plan, target)
+    job = _prepare_router(plan) if run.team.is_first else None
     download_weights(plan, run.progress, target, dense_bytes(plan))
-    with publish(target, run.mode, work_key(plan, conflicts)) as building:
+    files = identities(plan)
+    with publish(target, mode, work_key(plan, conflicts, files), run.team) as building:
         _build(plan, building, target.name, conflicts, job, run)
-    return target
+        check_unchanged(plan, files)
+    return target if url is None else upload_bundle(target, url, run.progress)
 
 
-def work_key(plan: Plan, conflicts: Path | None) -> dict[str, Any]:
+def work_key(plan: Plan, conflicts: Path | None, files: Mapping[str, Any]) -> dict[str, Any]:
     """Tell what an interrupted merge must still be about to be gone on with: a value by what a person calls it."""
     recipe = hashlib.sha256("\0".join([plan.loaded.text, *plan.loaded.changes]).encode()).hexdigest()
-    files = {f"the file {path}": facts for path, facts in identities(plan).items()}
     report = digest_file(conflicts) if conflicts is not None else None
-    return {"the recipe": recipe, "the conflict report": report, "mediator's version": package_version(), **files}
+    key = {"the recipe": recipe, "the conflict report": report, "mediator's version": package_version()}
+    return {**key, **{f"the file {path}": facts for path, facts in files.items()}}
 
 
 def _build(
@@ -177,9 +186,9 @@ def _doubts(plan: Plan, streams: Streams, run: Settings) -> tuple[str, ...]:
     return doubts
 
 
-def _check_space(plan: Plan, target: Path, run: Settings) -> None:
+def _check_space(plan: Plan, target: Path) -> None:
     free, needed = free_bytes(target), dense_bytes(plan)
-    if run.mode != "resume" and free < needed:
+    if free < needed:
         message = f"the disk has {free / 1e9:.2f} GB free, the dense model alone needs {needed / 1e9:.2f} GB"
         raise OutputError(Problem(str(target), message, "free some space or choose another output with -o"))
 
@@ -208,7 +217,8 @@ def _write_records(plan: Plan, folder: Path, work: Work, outcome: Outcome) -> No
     for shard in work.shards:
         digests = {tensor.name: outcome.written.dense[tensor.name] for tensor in shard.tensors}
         shards |= dict.fromkeys(digests, _weight_file(folder, shard.name, digests))
-    weights = {folder / record.name for record in shards.values()} | {folder / ROUTER}
+    # The manifest of a merge that was killed when it had written it may stand there.
+    weights = {folder / record.name for record in shards.values()} | {folder / ROUTER, folder / MANIFEST}
     weights |= {folder / record.name for files in sparse.values() for record in files.files}
     others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in weights)
     records = tuple(_file_record(folder, file) for file in others)

@@ -51,7 +51,8 @@ _LARGE, _SMALL = ((1024, 1024), 16), ((512,), 48)
 """Shapes and numbers of the tensors on which costs for each element, and for each tensor, are measured."""
 _SOURCES = 4
 """Experts that are written; where more are asked for, they are read again under other names."""
-_REPEATS = 3
+REPEATS = 3
+"""How often a step is done to find the least that it takes, after a first time that does not count."""
 _SPREAD = 0.002
 _NANO = 1e9
 _PLAIN = ResolvedExtract(1.0, "tensor", "magnitude", 1.0, "bf16")
@@ -141,7 +142,7 @@ def best_time(function: Callable[[], object]) -> Spent:
     """Do something a few times and give the least that it took; the first time, which compiles, does not count."""
     function()
     found = []
-    for _ in range(_REPEATS):
+    for _ in range(REPEATS):
         cpu, wall = time.process_time(), time.perf_counter()
         function()
         found.append(Spent(time.process_time() - cpu, time.perf_counter() - wall))

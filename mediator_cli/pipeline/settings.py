@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.write import NewTensor
 from mediator_cli.engine.streams import RUNTIME_BYTES, make_budget
-from mediator_cli.engine.sweep import Alone
+from mediator_cli.engine.team import Alone
 from mediator_cli.pipeline.progress import Progress, silent, unheard
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.engine.publish import Mode
     from mediator_cli.engine.streams import Budget
-    from mediator_cli.engine.sweep import Team
+    from mediator_cli.engine.team import Team
     from mediator_cli.plan.model import Plan, TensorPlan
 
 DEFAULT_MEMORY = 2 << 30
@@ -47,11 +47,11 @@ class Settings:
         return "overwrite" if self.overwrite else "new"
 
 
-def output_folder(plan: Plan, output: Path | None) -> Path:
+def output_folder(plan: Plan, output: Path | str | None) -> Path:
     """Choose the bundle's folder: the one given, the recipe's output.path, or one named after the recipe, here."""
     written = plan.loaded.recipe.output.path
     if output is not None:
-        return output.absolute()
+        return Path(output).absolute()
     return plan.loaded.resolve(written) if written else Path.cwd() / plan.loaded.path.stem
 
 

@@ -10,8 +10,9 @@ from mediator_cli.bundle.digest import file_digest, scan_tensors
 from mediator_cli.bundle.manifest import SourceFile
 from mediator_cli.checkpoint.cache import read_note, write_note
 from mediator_cli.checkpoint.digest import fold
-from mediator_cli.checkpoint.header import TensorInfo, read_header
+from mediator_cli.checkpoint.header import TensorInfo, identity, read_header
 from mediator_cli.checkpoint.source import weight_files
+from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.pipeline.progress import counter
 
 if TYPE_CHECKING:
@@ -37,26 +38,30 @@ def tensors_by_file(plan: Plan) -> dict[str, dict[Path, list[TensorInfo]]]:
     return found
 
 
-def identities(plan: Plan) -> dict[str, list[int]]:
-    """Tell what shows that a weight file was changed: size in bytes and time of change in nanoseconds, by path."""
+def identities(plan: Plan) -> dict[str, list[int | str]]:
+    """Tell what shows that a weight file was changed: its size in bytes and time of change or marks, by path."""
     files = {file for group in tensors_by_file(plan).values() for file in group}
-    return {str(file): _identity(file) for file in sorted(files)}
+    return {str(file): identity(file) for file in sorted(files)}
 
 
-def _identity(file: Path) -> list[int]:
-    facts = file.stat()
-    return [facts.st_size, facts.st_mtime_ns]
+def check_unchanged(plan: Plan, before: Mapping[str, Sequence[int | str]]) -> None:
+    """Raise CheckpointError if a weight file was changed since `identities` told what they were."""
+    changed = [path for path, facts in identities(plan).items() if facts != before.get(path)]
+    if changed:
+        message = "was changed while it was merged"
+        raise CheckpointError([Problem(path, message, "merge again with --overwrite") for path in changed])
 
 
 def known_digest(file: Path) -> SourceFile | None:
     """Find the digest of a weight file without reading it: in its name in the Hub's cache, or noted when last read."""
-    size = file.stat().st_size
+    known = identity(file)
+    size = int(known[0])
     blob = file.resolve().name
     if _SHA256.fullmatch(blob):
         return SourceFile(name=file.name, bytes=size, sha256=blob)
     try:
         noted = json.loads(read_note(_NOTES, _key(file)) or "{}")
-        if noted["identity"] == _identity(file) and noted["path"] == str(file.resolve()):
+        if noted["identity"] == known and noted["path"] == str(file.resolve()):
             return SourceFile(name=file.name, bytes=size, xxh3=str(noted["xxh3"]))
     except (ValueError, KeyError, TypeError):
         return None
@@ -91,9 +96,9 @@ def _digest(file: Path, infos: Sequence[TensorInfo], seen: Digests) -> SourceFil
     else:
         ordered = sorted(infos, key=lambda info: (info.start, info.name))
         xxh3 = fold(bytes.fromhex(digests[info.name]) for info in ordered)
-    note = {"path": str(file.resolve()), "identity": _identity(file), "xxh3": xxh3}
+    note = {"path": str(file.resolve()), "identity": identity(file), "xxh3": xxh3}
     write_note(_NOTES, _key(file), json.dumps(note))
-    return SourceFile(name=file.name, bytes=file.stat().st_size, xxh3=xxh3)
+    return SourceFile(name=file.name, bytes=int(identity(file)[0]), xxh3=xxh3)
 
 
 def _key(file: Path) -> str:

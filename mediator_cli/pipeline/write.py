@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.journal import Journal
     from mediator_cli.engine.statistics import Found
     from mediator_cli.engine.streams import Budget, Streams
-    from mediator_cli.engine.sweep import Team
+    from mediator_cli.engine.team import Team
     from mediator_cli.plan.model import TensorPlan
 
 

@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from mediator_cli.bundle.digest import digest_tensors, file_digest
+from mediator_cli.checkpoint.header import read_header
 from mediator_cli.cli.heat import style as heat_style
 from mediator_cli.cli.heat.chart import axis
 from mediator_cli.cli.heat.style import STEPS, contrast, ink_on, ramp
@@ -194,6 +196,20 @@ def test_no_name_breaks_out_of_its_text(drawn, workshop):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&#x27;&quot;&amp;" in text
     cells = [e.text for e in page.all("td")]
     assert f"./{HOSTILE}/script>'\"&" in cells
+
+
+def test_what_was_measured_is_told_by_its_digests(drawn, workshop):
+    page, _, report = drawn(**MEAN)
+    assert [e.text for e in page.all("th") if e.text.endswith(" begins")] == ["digest begins"]
+    shown = [e.text for e in page.all("code") if "tbody" in e.inside]
+    digests = {}
+    for name, (file,) in report["sources"].items():
+        tensors = read_header(workshop.folder / name / file["name"]).tensors
+        expected = file_digest(workshop.folder / name / file["name"], digest_tensors({t.name: t for t in tensors}))
+        assert (file["xxh3"], file["sha256"]) == (expected, None)
+        digests[name] = expected[:12]
+    assert list(digests) == ["base", "a", "b"]
+    assert shown == list(digests.values())
 
 
 def test_changes_of_the_command_line_stand_behind_the_recipe(drawn):

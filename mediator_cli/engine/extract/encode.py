@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mediator_cli.bundle.sparse import decode_values, encode_values, pack_bits
+from mediator_cli.bundle.sparse import ESCAPE, decode_values, encode_values, pack_bits
 from mediator_cli.checkpoint.blocks import BLOCK
-from mediator_cli.engine.extract.choose import masked
-from mediator_cli.engine.extract.measure import find_overrides, kept_by_block
+from mediator_cli.engine.extract.choose import slabs
+from mediator_cli.engine.extract.measure import find_overrides
 from mediator_cli.kernels.arrays import bytes_of
-from mediator_cli.kernels.sparse import count_gap_bytes, square_sums, write_gaps
+from mediator_cli.kernels.sparse import square_sums, write_gaps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.sparse_file import SparseTensor
     from mediator_cli.bundle.sparse_writer import SparseFileWriter
-    from mediator_cli.engine.extract.choose import Limit
+    from mediator_cli.engine.extract.choose import Limit, Slab
     from mediator_cli.engine.extract.item import Item
-    from mediator_cli.engine.streams import Piece
     from mediator_cli.kernels.arrays import Bytes, Flags
 
 _BUFFER = 1 << 20
@@ -75,19 +74,18 @@ class Coder:
         tails = {name: _Tail(self.writer, offset) for name, offset in self.places.items()}
         squares = np.zeros(2, np.float64)
         factor = self.item.tensor.extract.rescale
-        for piece, part, mask in masked(self.item, limit):
-            values = np.concatenate(list(kept_by_block(part, mask, factor)))
-            stored = encode_values(values, self.spec.values, self.spec.scale)
+        for slab in slabs(self.item, limit):
+            stored = encode_values(slab.gather(factor), self.spec.values, self.spec.scale)
             self._add_values(tails["values"], stored)
-            tails[self.spec.index].add(self._index(piece, mask))
+            tails[self.spec.index].add(self._index(slab))
             # Rescaled values are meant to overshoot; what is kept is judged before.
             decoded = decode_values(stored, self.spec.values, self.spec.scale)
-            for block in square_sums(part.delta, mask, decoded, 1.0 / factor, BLOCK):
+            for block in square_sums(slab.part.delta, slab.places, slab.bounds, decoded, 1.0 / factor, BLOCK):
                 squares += block
             if self.spec.n_overrides:
-                wrong = find_overrides(self.item, piece, part, mask)
+                wrong, right = find_overrides(self.item, slab)
                 tails["override_index"].add(wrong)
-                tails["override_values"].add(part.stored[wrong - piece.start])
+                tails["override_values"].add(right)
         if len(self.rest):
             tails["values"].add(pack_bits(self.rest))
         for tail in tails.values():
@@ -104,10 +102,10 @@ class Coder:
         tail.add(pack_bits(bits[:whole]))
         self.rest = bits[whole:]
 
-    def _index(self, piece: Piece, mask: Flags) -> Bytes:
+    def _index(self, slab: Slab) -> Bytes:
         if self.spec.index == "bitmap":
-            return pack_bits(mask)
-        n_bytes, _ = count_gap_bytes(mask, piece.start, self.position)
-        out = np.empty(n_bytes, np.uint8)
-        _, self.position = write_gaps(mask, piece.start, self.position, out)
-        return out
+            return pack_bits(slab.mask)
+        most = len(slab.places) + (slab.piece.stop - self.position) // ESCAPE
+        out = np.empty(most, np.uint8)
+        n_bytes, self.position = write_gaps(slab.places, slab.piece.start, self.position, out)
+        return out[:n_bytes]

@@ -11,6 +11,7 @@ import numpy as np
 from mediator_cli.checkpoint.read import read_slab, widen
 from mediator_cli.engine.combine import narrow
 from mediator_cli.engine.streams import Inputs, fill, pieces
+from mediator_cli.kernels.sparse import subtract_bf16
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mediator_cli.checkpoint.header import TensorInfo
-    from mediator_cli.checkpoint.read import Reader
+    from mediator_cli.checkpoint.read import Handle, Reader
     from mediator_cli.engine.streams import Piece
     from mediator_cli.kernels.arrays import Floats
     from mediator_cli.plan.model import ResolvedExtract, TensorPlan
@@ -31,7 +32,7 @@ _LOSSLESS = ("fp32", "bf16", "fp16")
 class Dense:
     """The dense tensors just written, open for reading."""
 
-    descriptors: Mapping[Path, int]
+    descriptors: Mapping[Path, Handle]
     tensors: Mapping[str, TensorInfo]
 
 
@@ -51,10 +52,13 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Part:
-    """One slab: the expert's tensor as it is stored [m], the dense one in float32, and their difference."""
+    """One slab: the expert's tensor as it is read [m], the dense one as it is stored, and their difference.
 
-    stored: NDArray[Any]
-    dense: Floats
+    The expert's tensor is rounded to the dense one's dtype before they are subtracted.
+    """
+
+    expert: Floats
+    dense: NDArray[Any]
     delta: Floats
 
 
@@ -77,12 +81,10 @@ class Item:
 
     def part(self, piece: Piece) -> Part:
         """Read one slab; raise CheckpointError when the expert is not finite."""
-        exact = np.empty(piece.size, np.float32)
-        fill(self.job.experts[self.expert], f"expert {self.expert}", piece, exact)
-        stored, _ = narrow(exact, self.tensor.dtype)
-        info = self.job.dense.tensors[piece.tensor]
-        dense = _widened(read_slab(self.job.dense.descriptors, info, piece.start, piece.stop), info.dtype)
-        return Part(stored, dense, _widened(stored, self.tensor.dtype) - dense)
+        values = np.empty(piece.size, np.float32)
+        fill(self.job.experts[self.expert], f"expert {self.expert}", piece, values)
+        dense = read_slab(self.job.dense.descriptors, self.job.dense.tensors[piece.tensor], piece.start, piece.stop)
+        return Part(values, dense, _less(values, dense, self.tensor.dtype))
 
     def rows(self, piece: Piece) -> Inputs:
         """Read the delta of one slab as a single row."""
@@ -94,7 +96,16 @@ def may_override(extract: ResolvedExtract) -> bool:
     return extract.density == 1 and extract.values in _LOSSLESS and extract.rescale == 1
 
 
-def _widened(stored: NDArray[Any], dtype: str) -> Floats:
+def _less(values: Floats, dense: NDArray[Any], dtype: str) -> Floats:
+    if dtype == "BF16":
+        subtract_bf16(values, dense, out := np.empty(len(values), np.float32))
+        return out
+    rounded = values if dtype == "F32" else widened(narrow(values, dtype)[0], dtype)
+    return rounded - widened(dense, dtype)
+
+
+def widened(stored: NDArray[Any], dtype: str) -> Floats:
+    """Turn stored elements [m] into float32 [m]."""
     if dtype == "F32":
         return stored
     out = np.empty(len(stored), np.float32)

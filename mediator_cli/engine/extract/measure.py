@@ -9,20 +9,21 @@ import numpy as np
 
 from mediator_cli.bundle.sparse import decode_values, encode_values, index_codec
 from mediator_cli.bundle.sparse_file import SparseTensor
-from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.engine.combine import narrow
-from mediator_cli.engine.extract.choose import masked
-from mediator_cli.engine.extract.item import may_override
-from mediator_cli.kernels.sparse import add_kept, count_gap_bytes, find_differing, gather
+from mediator_cli.engine.extract.choose import slabs
+from mediator_cli.engine.extract.item import may_override, widened
+from mediator_cli.kernels.sparse import add_kept, count_gap_bytes, find_differing
 from mediator_cli.stages.extract import scale_candidates, scale_errors, sign_sums, step_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from typing import Any
 
-    from mediator_cli.engine.extract.choose import Limit
-    from mediator_cli.engine.extract.item import Item, Part
-    from mediator_cli.engine.streams import Piece
-    from mediator_cli.kernels.arrays import Counts, Doubles, Flags, Floats
+    from numpy.typing import NDArray
+
+    from mediator_cli.engine.extract.choose import Limit, Slab
+    from mediator_cli.engine.extract.item import Item
+    from mediator_cli.kernels.arrays import Counts, Doubles, Floats
 
 _REFINEMENTS = 2
 
@@ -40,17 +41,19 @@ def measure(item: Item, limit: Limit) -> Measured:
     extract = item.tensor.extract
     n_kept, n_gaps, position, n_overrides, largest = 0, 0, 0, 0, 0.0
     signs = np.zeros(2, np.float64)
-    for piece, part, mask in masked(item, limit):
-        n_bytes, position = count_gap_bytes(mask, piece.start, position)
-        n_gaps += n_bytes
-        for values in kept_by_block(part, mask, extract.rescale):
-            n_kept += len(values)
-            if extract.values == "sign":
+    may_be_gaps = extract.over == "model" or index_codec(extract.density) == "gaps"
+    for slab in slabs(item, limit):
+        n_kept += len(slab.places)
+        if may_be_gaps:
+            n_bytes, position = count_gap_bytes(slab.places, slab.piece.start, position)
+            n_gaps += n_bytes
+        if extract.values == "sign":
+            for values in slab.by_block(slab.gather(extract.rescale)):
                 signs += sign_sums(values)
-            elif extract.values == "int8":
-                largest = max(largest, float(np.abs(values).max(initial=0.0)))
+        elif extract.values == "int8":
+            largest = max(largest, float(np.abs(slab.gather(extract.rescale)).max(initial=0.0)))
         if may_override(extract):
-            n_overrides += len(find_overrides(item, piece, part, mask))
+            n_overrides += len(find_overrides(item, slab)[0])
     scale = _int8_scale(item, limit, largest) if largest else 1.0
     if signs[1]:
         scale = float(signs[0] / signs[1])
@@ -66,21 +69,13 @@ def measure(item: Item, limit: Limit) -> Measured:
     return Measured(spec, n_gaps if spec.index == "gaps" else -(-item.tensor.size // 8))
 
 
-def kept_by_block(part: Part, mask: Flags, factor: float) -> Iterator[Floats]:
-    """Give the kept values of each block times the factor."""
-    for start in range(0, len(mask), BLOCK):
-        window = slice(start, start + BLOCK)
-        out = np.empty(len(mask[window]), np.float32)
-        yield out[: gather(part.delta[window], mask[window], factor, out)]
-
-
 def _int8_scale(item: Item, limit: Limit, largest: float) -> float:
     """Take the best of a list of scales, then two least-squares steps."""
 
     def summed(function: Callable[[Floats], Doubles]) -> Doubles:
         total: Doubles | None = None
-        for _, part, mask in masked(item, limit):
-            for values in kept_by_block(part, mask, item.tensor.extract.rescale):
+        for slab in slabs(item, limit):
+            for values in slab.by_block(slab.gather(item.tensor.extract.rescale)):
                 found = function(values)
                 total = found if total is None else total + found
         return np.zeros(0) if total is None else total
@@ -93,12 +88,13 @@ def _int8_scale(item: Item, limit: Limit, largest: float) -> float:
     return scale
 
 
-def find_overrides(item: Item, piece: Piece, part: Part, mask: Flags) -> Counts:
-    """Find the entries, by flat index, whose bits dense + delta would not give back."""
-    codec = item.tensor.extract.values
-    values = np.concatenate(list(kept_by_block(part, mask, 1.0)))
+def find_overrides(item: Item, slab: Slab) -> tuple[Counts, NDArray[Any]]:
+    """Find the entries, by flat index, whose bits dense + delta would not give back; with what is to be stored."""
+    codec, dtype, piece = item.tensor.extract.values, item.tensor.dtype, slab.piece
+    decoded = decode_values(encode_values(slab.gather(1.0), codec, 1.0), codec, 1.0)
     rebuilt = np.empty(piece.size, np.float32)
-    add_kept(part.dense, mask, decode_values(encode_values(values, codec, 1.0), codec, 1.0), rebuilt)
-    again, _ = narrow(rebuilt, item.tensor.dtype)
-    kind, places = f"u{again.itemsize}", np.empty(piece.size, np.int64)
-    return places[: find_differing(again.view(kind), part.stored.view(kind), piece.start, places)]
+    add_kept(widened(slab.part.dense, dtype), slab.mask, decoded, rebuilt)
+    (again, _), (stored, _) = narrow(rebuilt, dtype), narrow(slab.part.expert, dtype)
+    kind, room = f"u{again.itemsize}", np.empty(piece.size, np.int64)
+    wrong = room[: find_differing(again.view(kind), stored.view(kind), piece.start, room)]
+    return wrong, stored[wrong - piece.start]

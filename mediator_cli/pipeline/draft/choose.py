@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.checkpoint.header import read_json
 from mediator_cli.checkpoint.hub.find import ONLINE, is_hub_id
+from mediator_cli.checkpoint.remote.url import is_url
 from mediator_cli.errors import MediatorError, OutputError, Problem, RecipeError, did_you_mean
 from mediator_cli.pipeline.draft.names import expert_names
 from mediator_cli.pipeline.estimate import DifferenceReport, describe_plan
@@ -193,6 +194,8 @@ def _place(source: str) -> PurePath:
 
 def _written(asked: Asked, source: str) -> str:
     """Write a source as the recipe must: Hub ids and full paths as given, others from the recipe's folder."""
+    if is_url(source):
+        return source
     if not _is_hub_id(source):
         return source if Path(source).is_absolute() else _from_recipe(asked.recipe, source)
     if (folder := asked.recipe.parent / source).exists():
