@@ -45,8 +45,8 @@ def digest_file(file: Path, advance: Callable[[int], None] = lambda n: None) -> 
 
 def digest_blocks(stored: NDArray[Any]) -> bytes:
     """Join the digests of the blocks of a stored slab [m] that starts on a block."""
-    starts = range(0, len(stored), BLOCK)
-    return b"".join(xxhash.xxh3_128_digest(bytes_of(stored[start : start + BLOCK])) for start in starts)
+    data, step = bytes_of(stored), BLOCK * stored.itemsize
+    return b"".join([xxhash.xxh3_128_digest(data[start : start + step]) for start in range(0, len(data), step)])
 
 
 def fold(digests: Iterable[bytes]) -> str:

@@ -1,7 +1,8 @@
 """Exact k-th largest magnitudes of a stream: a sample brackets them, one pass counts inside the bracket.
 
 Where the sample led astray, the passes that follow bracket the other side. No sort, no copy of the stream: inside a
-bracket every float32 has a counter of its own, or, in a wide one, shares it with its neighbours until the next pass.
+bracket every float32 has a counter of its own. In a wide one neighbours share a counter, with sums that tell whether
+all that was counted is one number, as it is where deltas of 16-bit floats lie on a grid; else another pass looks there.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import numpy as np
 
 from mediator_cli.engine.streams import Piece
 from mediator_cli.engine.sweep import Sweep
-from mediator_cli.kernels.ranks import MAGNITUDE, count_offsets, gather_inside
+from mediator_cli.kernels.ranks import MAGNITUDE, count_offsets, gather_inside, sum_offsets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from mediator_cli.engine.streams import Inputs
     from mediator_cli.engine.sweep import Search, Source
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
 _TOP = 0x7F800000
 """The bits of infinity: all finite magnitudes lie below."""
-_TABLE = 1 << 18
+_EXACT, _SHARED = 1 << 18, 1 << 16
+"""Counters of a bracket: at most so many if each float32 has its own, and so many if neighbours share them."""
 _SAMPLE, _RUN = 1 << 17, 1 << 12
 """Entries of a sample, and of each run of neighbours in it."""
 _SIGMAS = 3.0
@@ -67,7 +71,15 @@ class _Bracket:
 
     @property
     def shift(self) -> int:
-        return max(0, (self.high - self.low - 1).bit_length() - _TABLE.bit_length() + 1)
+        """How many of the lower bits share a counter."""
+        width = self.high - self.low
+        return 0 if width <= _EXACT else (width - 1).bit_length() - _SHARED.bit_length() + 1
+
+    def table(self, size: int) -> NDArray[Any]:
+        """Make the counters: [n], or with sums and sums of squares [3, n]."""
+        n = ((self.high - self.low - 1) >> self.shift) + 1
+        # All entries may be equal, as zeros are where an expert is the base.
+        return np.zeros((3, n), np.uint64) if self.shift else np.zeros(n, np.uint32 if size < 1 << 32 else np.uint64)
 
 
 def select(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[Threshold]]]:
@@ -151,9 +163,7 @@ def _guess(row: int, k: int, ordered: Floats, size: int) -> _Bracket:
 def _counting(stream: Ranked, brackets: Sequence[_Bracket]) -> Sweep:
     """Count what lies above each bracket and, with a table for each, inside it."""
     above = np.zeros(len(brackets), np.int64)
-    # All entries may be equal, as zeros are where an expert is the base.
-    kind = np.uint32 if stream.size < 1 << 32 else np.uint64
-    tables: list[Any] = [np.zeros(((b.high - b.low - 1) >> b.shift) + 1, kind) for b in brackets]
+    tables = [bracket.table(stream.size) for bracket in brackets]
     locks = [Lock() for _ in brackets]
 
     def look(piece: Piece, inputs: Inputs) -> None:
@@ -163,24 +173,33 @@ def _counting(stream: Ranked, brackets: Sequence[_Bracket]) -> Sweep:
             n_above, n_found = gather_inside(rows[bracket.row], bracket.low, bracket.high - bracket.low, gathered)
             with locks[at]:
                 above[at] += n_above
-                count_offsets(gathered, n_found, bracket.shift, tables[at])
+                if bracket.shift:
+                    sum_offsets(gathered, n_found, bracket.shift, tables[at])
+                else:
+                    count_offsets(gathered, n_found, tables[at])
 
     return Sweep(stream.source, stream.parts, look, lambda: [above, *tables])
 
 
-def _narrow(bracket: _Bracket, n_above: int, table: Floats) -> _Bracket | Threshold:
+def _narrow(bracket: _Bracket, n_above: int, table: NDArray[Any]) -> _Bracket | Threshold:
     """Look up the counter in which the k-th entry lies; where it lies outside the bracket, turn to that side."""
-    from_top = np.cumsum(table[::-1], dtype=np.int64)
+    counts = table[0] if bracket.shift else table
+    from_top = np.cumsum(counts[::-1], dtype=np.int64)
     if bracket.k <= n_above:
         return replace(bracket, low=bracket.high, high=_TOP)
     if bracket.k > n_above + int(from_top[-1]):
         return replace(bracket, low=0, high=bracket.low)
     position = int(np.searchsorted(from_top, bracket.k - n_above))
     before = int(from_top[position - 1]) if position else 0
-    low = bracket.low + ((len(table) - 1 - position) << bracket.shift)
+    at = len(counts) - 1 - position
+    low, n_equal = bracket.low + (at << bracket.shift), int(counts[at])
     if bracket.shift:
-        return replace(bracket, low=low, high=min(low + (1 << bracket.shift), bracket.high))
-    return Threshold(_float_of(low), n_above + before, int(from_top[position]) - before)
+        _, total, squares = (int(row[at]) for row in table)
+        if n_equal * squares != total * total:
+            return replace(bracket, low=low, high=min(low + (1 << bracket.shift), bracket.high))
+        # No spread: all that was counted here is the same number.
+        low += total // n_equal
+    return Threshold(_float_of(low), n_above + before, n_equal)
 
 
 def _float_of(bits: int) -> float:

@@ -13,11 +13,13 @@ Bytes = NDArray[np.uint8]
 Halves = NDArray[np.uint16]
 """Bit patterns of bfloat16 or float16."""
 Words = NDArray[np.uint32]
+Longs = NDArray[np.uint64]
 Counts = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
     """Give the bytes of an array, without a copy if it is contiguous."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8))  # type: ignore[arg-type]  # numpy's stubs hide the buffer
+    if not array.size:
+        return memoryview(bytearray())
+    return np.ascontiguousarray(array).data.cast("B")

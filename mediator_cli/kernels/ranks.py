@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mediator_cli.kernels.arrays import Floats, Words
+from mediator_cli.kernels.arrays import Floats, Longs, Words
 from mediator_cli.kernels.jit import kernel
 
 MAGNITUDE = 0x7FFFFFFF
@@ -44,8 +44,19 @@ def gather_inside(row: Floats, low: int, width: int, found: Words) -> tuple[int,
 
 
 @kernel
-def count_offsets(found: Words, n_found: int, shift: int, table: Words) -> None:
-    """Count gathered offsets, shifted right, into `table`."""
-    step = np.uint32(shift)
+def count_offsets(found: Words, n_found: int, table: Words) -> None:
+    """Count each of the gathered offsets in `table`, which has room for all."""
     for i in range(n_found):
-        table[found[i] >> step] += np.uint32(1)
+        table[found[i]] += np.uint32(1)
+
+
+@kernel
+def sum_offsets(found: Words, n_found: int, shift: int, table: Longs) -> None:
+    """Count gathered offsets by their upper bits, and sum their lower `shift` bits and the squares of these: [3, n]."""
+    step, rest = np.uint32(shift), np.uint32((1 << shift) - 1)
+    counts, sums, squares = table[0], table[1], table[2]
+    for i in range(n_found):
+        at, low = found[i] >> step, np.uint64(found[i] & rest)
+        counts[at] += np.uint64(1)
+        sums[at] += low
+        squares[at] += low * low

@@ -43,7 +43,8 @@ _WARM = 0.9
 """Share of the sources that has to be in memory for them to count as such."""
 _CALM = 0.8
 """Share of a core below which other programs disturb what is measured."""
-_EXPERTS = 4
+_EXPERTS, _ROUNDS = 4, 8
+"""What all cores read to be compared with one: long enough that threads do not start and end alone."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _measured(known: Machine | None, steps: Iterable[Step], notify: Callable[[st
         if known is not None:
             return replace(known, rates={**known.rates, **rates})
         read, parts = all_deltas(bench, _EXPERTS)
-        alone, together = read_all(read, parts, 1), read_all(read, parts, workers)
+        alone, together = (read_all(read, parts * _ROUNDS, count) for count in (1, workers))
     start, crowding = _start(), max(1.0, together.cpu / alone.cpu)
     if alone.cpu < _CALM * alone.wall:
         notify("other programs are at work: measure again with --calibrate when they are not")

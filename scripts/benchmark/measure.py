@@ -58,7 +58,8 @@ def run(command: Sequence[str], cache: Path | None = None) -> Run:
 
 def environment(cache: Path | None) -> dict[str, str]:
     """Leave out settings of threads, so that each tool takes its own default; name the folder of our notes."""
-    kept = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    dropped = ("_NUM_THREADS", "DONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if not name.endswith(dropped)}
     return kept | ({"MEDIATOR_CACHE": str(cache.resolve())} if cache else {})
 
 
