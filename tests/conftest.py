@@ -28,7 +28,6 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("mediator")
 
 
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what the package notes between runs out of the user's folder, and out of a test's own."""

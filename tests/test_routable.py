@@ -194,7 +194,8 @@ def test_validate_and_plan_say_it_and_merge_records_it(workshop: Any, mediator: 
     sizes = {name: math.prod(tensor.shape) for name, tensor in manifest.tensors.items()}
     read = json.loads(mediator("plan", "recipe.yaml", "--json").out)["read_bytes"]
     share = 1 - sizes["model.layers.0.conv.conv.weight"] / sum(sizes.values())
-    assert read["extract experts"] == int(3 * share * read["average"])
+    # Three passes over two experts and, beside each, the dense tensor; three sources make an average.
+    assert read["extract experts"] == pytest.approx(4 * share * read["average"], abs=2)
 
 
 def test_merge_refuses_before_it_reads(workshop: Any, refused: Any) -> None:

@@ -196,6 +196,6 @@ def _draft(folder: Path) -> Iterator[Path]:
             if not folder.exists():
                 draft.rename(folder)
     except OSError as error:
-        hint = "free some space, or point XDG_CACHE_HOME at another folder"
+        hint = "free some space, or point MEDIATOR_CACHE at another folder"
         reason = (error.strerror or str(error)).lower()
         raise OutputError(Problem(str(folder.parent), f"cannot write: {reason}", hint)) from None

@@ -59,7 +59,7 @@ def inspect(
     if facts["config"]:
         say("config        " + ", ".join(f"{name}={value}" for name, value in facts["config"].items()))
     if facts["kind"] == "bundle":
-        _print_bundle(folder)
+        _print_bundle(folder, location.shown if location.remote else None)
 
 
 def describe(folder: Path, repo: HubRepo | None = None) -> dict[str, Any]:
@@ -114,12 +114,12 @@ def _shape(shape: list[int]) -> str:
     return " × ".join(str(side) for side in shape) or "()"
 
 
-def _print_bundle(folder: Path) -> None:
+def _print_bundle(folder: Path, url: str | None) -> None:
     from mediator_cli.bundle.manifest import read_manifest
-    from mediator_cli.cli.merge import print_bundle
+    from mediator_cli.cli.merge import print_bundle, shown_folder
 
     manifest = read_manifest(folder)
-    print_bundle(folder, manifest)
+    print_bundle(url or shown_folder(folder), manifest)
     for method in manifest.methods:
         parameters = ", ".join(f"{name}={value}" for name, value in method.parameters.items())
         say(f"method        {method.method}({parameters}) on {method.n_tensors} tensors")

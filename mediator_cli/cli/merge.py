@@ -73,12 +73,14 @@ def merge(
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.download import plan_with_unseen
+    from mediator_cli.pipeline.upload import output_url
     from mediator_cli.recipe.load import load_partly
 
     _check_executor(executor, address, ray_workers)
     place, patience = _place() if executor == "rank" else (None, 0.0)
     with shown_progress(quiet) as progress:
         made = plan_with_unseen(load_partly(recipe, changes or ()), Access(offline), progress)
+    url = _check_url(output_url(made, output), executor, offline=offline)
     told = Told(quiet)
     told.tell(*made.notices)
     if made.router is not None:
@@ -95,10 +97,11 @@ def merge(
         return
     manifest = read_manifest(folder)
     told.tell(*manifest.notices)
+    shown = url or shown_folder(folder)
     if as_json:
-        print_json(summary(folder, manifest, time.monotonic() - started))
+        print_json(summary(url or str(folder), manifest, time.monotonic() - started))
     elif not quiet:
-        _print(folder, manifest, time.monotonic() - started)
+        _print(shown, manifest, time.monotonic() - started)
 
 
 def _check_executor(executor: str, address: str | None, ray_workers: int | None) -> None:
@@ -107,6 +110,16 @@ def _check_executor(executor: str, address: str | None, ray_workers: int | None)
     if wrong:
         message = "is for --executor ray alone"
         raise OutputError([Problem(name, message, "add --executor ray, or leave it out") for name in wrong])
+
+
+def _check_url(url: str | None, executor: str, *, offline: bool) -> str | None:
+    """Refuse what a bundle at a URL cannot be made with."""
+    if url is not None and executor != "local":
+        message = "several processes write into a shared folder, not to a URL"
+        raise OutputError(Problem("--output", message, "merge into a folder, then copy it"))
+    if url is not None and offline:
+        raise OutputError(Problem("--output", "a URL cannot be written with --offline", "choose a folder"))
+    return url
 
 
 def _place() -> tuple[Place, float]:
@@ -163,13 +176,13 @@ def _print_part(folder: Path, place: Place, *, as_json: bool, quiet: bool) -> No
     if as_json:
         print_json({"bundle": str(folder), "rank": place.rank, "world": place.world})
     elif not quiet:
-        say(f"process {place.rank} of {place.world} has done its part; process 0 finishes {_shown(folder)}")
+        say(f"process {place.rank} of {place.world} has done its part; process 0 finishes {shown_folder(folder)}")
 
 
-def summary(folder: Path, manifest: Manifest, seconds: float) -> dict[str, object]:
+def summary(place: str, manifest: Manifest, seconds: float) -> dict[str, object]:
     """Gather what another program wants to know of a finished merge."""
     return {
-        "bundle": str(folder),
+        "bundle": place,
         "digest": manifest.digest,
         "assignment": manifest.assignment,
         "scores": manifest.conflict.scores if manifest.conflict else None,
@@ -179,19 +192,20 @@ def summary(folder: Path, manifest: Manifest, seconds: float) -> dict[str, objec
     }
 
 
-def _print(folder: Path, manifest: Manifest, seconds: float) -> None:
-    print_bundle(folder, manifest)
+def _print(place: str, manifest: Manifest, seconds: float) -> None:
+    print_bundle(place, manifest)
     say(f"written in {seconds:.1f} s, digest {manifest.digest}")
-    say(f"Next: mediator inspect {_shown(folder)}   ·   mediator verify {_shown(folder)}")
+    say(f"Next: mediator inspect {place}   ·   mediator verify {place}")
 
 
-def _shown(folder: Path) -> str:
+def shown_folder(folder: Path) -> str:
+    """Write a folder as a person would type it here."""
     whole = folder.resolve()
     text = str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
     return f"'{text}'" if " " in text else text
 
 
-def print_bundle(folder: Path, manifest: Manifest) -> None:
+def print_bundle(place: str, manifest: Manifest) -> None:
     """Print the assignment of every unit, what each expert keeps, and the sizes."""
     scores = manifest.conflict.scores if manifest.conflict else {}
     rows = [
@@ -204,7 +218,7 @@ def print_bundle(folder: Path, manifest: Manifest) -> None:
         print_table(("router", "value"), router_rows(manifest.router))
     sizes, n_routed = manifest.sizes, list(manifest.assignment.values()).count("route")
     total = sizes.dense + sizes.sparse
-    say(f"bundle        {_shown(folder)}")
+    say(f"bundle        {place}")
     say(f"units         {len(manifest.assignment) - n_routed} averaged, {n_routed} routed")
     say(f"size          {human_bytes(total)} = {human_bytes(sizes.dense)} dense + {human_bytes(sizes.sparse)} sparse")
     say(

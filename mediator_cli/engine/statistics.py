@@ -78,7 +78,8 @@ def _size(cell: Sequence[TensorPlan]) -> int:
 
 def _counts(statistic: Select, cell: Sequence[TensorPlan]) -> list[int]:
     """Give the k of each tensor of a cell; the number of entries is that of the whole cell."""
-    return [statistic.count(method_of(tensor).params, _size(cell)) for tensor in cell]
+    size = _size(cell)
+    return [statistic.count(method_of(tensor).params, size) for tensor in cell]
 
 
 def group_by_method(tensors: Iterable[TensorPlan]) -> tuple[Group, ...]:

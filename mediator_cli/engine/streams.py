@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mediator_cli.methods.registry import Space
     from mediator_cli.plan.model import ExpertSource, Plan
 
-RUNTIME_BYTES = 160 << 20
+RUNTIME_BYTES = 168 << 20
 """Memory of the interpreter with its compiled kernels, before anything is read."""
 _TABLE_BYTES = 64 << 20
 """What the search for thresholds holds beside the slabs, at most."""
@@ -84,8 +84,8 @@ def make_budget(n_experts: int, workers: int, memory: int, resident: int = RUNTI
 
 
 def peak_bytes(n_experts: int, budget: Budget, resident: int = RUNTIME_BYTES) -> int:
-    """Estimate the peak memory of streaming: what is there before, tables, and about four float32 slabs per expert."""
-    return resident + _TABLE_BYTES + budget.workers * budget.slab * 4 * (4 * n_experts + 8)
+    """Estimate the peak memory of streaming: what is there before, tables, and about two float32 slabs per expert."""
+    return resident + _TABLE_BYTES + budget.workers * budget.slab * 4 * (2 * n_experts + 8)
 
 
 def pieces(tensor: str, size: int, slab: int) -> list[Piece]:

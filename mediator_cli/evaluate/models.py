@@ -74,7 +74,7 @@ def find_candidates(
 
 def _candidate(name: str, tasks: Sequence[str], base: str | Path | None, access: Access) -> Candidate:
     text, _, part = name.partition("::")
-    location = find_location(text, Path(text).absolute(), access)
+    location = _place(text, access)
     if location.repo and MANIFEST in location.repo.sizes:
         hint = f"`hf download {location.repo.repo_id} --local-dir DIR`, then name that folder"
         raise CheckpointError(Problem(text, "is a bundle, which is answered from a folder alone", hint))
@@ -88,7 +88,16 @@ def _candidate(name: str, tasks: Sequence[str], base: str | Path | None, access:
         return Candidate(name, location.folder, "model", n_bytes=_weight_bytes(whole), far=_far(whole))
     if base is None:
         raise CheckpointError(Problem(text, "is an adapter", "give its base: --base DIR"))
-    return _adapter(name, location, find_location(str(base), Path(base).absolute(), access))
+    return _adapter(name, location, _place(str(base), access))
+
+
+def _place(text: str, access: Access) -> Location:
+    """Find a model that answers: its weights have to be on disk, so a URL is refused."""
+    location = find_location(text, Path(text).absolute(), access)
+    if location.remote is not None:
+        message = "is at a URL, and what answers is read from a folder"
+        raise CheckpointError(Problem(location.shown, message, "copy it to a folder, then name that"))
+    return location
 
 
 def _adapter(name: str, location: Location, base: Location) -> Candidate:

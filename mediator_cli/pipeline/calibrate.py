@@ -17,6 +17,7 @@ from mediator_cli.checkpoint.cache import read_note, write_note
 from mediator_cli.checkpoint.digest import fold
 from mediator_cli.pipeline.cost import DIGEST, USUAL, Step, list_steps, read_step
 from mediator_cli.pipeline.disks import cached_share, free_memory, read_rate, write_rate
+from mediator_cli.pipeline.download import existing_folder
 from mediator_cli.pipeline.forecast import Constants, Rate
 from mediator_cli.pipeline.probe import (
     REPEATS,
@@ -68,7 +69,7 @@ def constants_for(plan: Plan, target: Path, notify: Callable[[str], None], *, an
     if machine is None or steps:
         notify(f"measuring {'what this recipe needs' if machine else 'this machine'} once, a few seconds")
         machine = _measured(machine, steps, notify)
-    source, folder = largest_source(plan), _existing(target)
+    source, folder = largest_source(plan), existing_folder(target)
     machine = replace(machine, disks={**_disks(source, folder), **machine.disks})
     if machine != known:
         write_note(_NOTE, key, json.dumps(asdict(machine)))
@@ -160,7 +161,3 @@ def likely_cache(plan: Plan) -> Cache:
     """Tell whether the sources are in the computer's memory; where that cannot be asked, they count as if they were."""
     files = {file for each in tensors_by_file(plan).values() for file in each if file.is_file()}
     return "warm" if cached_share(sorted(files)) >= _WARM else "cold"
-
-
-def _existing(target: Path) -> Path:
-    return next(folder for folder in target.absolute().parents if folder.exists())

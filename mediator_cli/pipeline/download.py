@@ -116,20 +116,24 @@ def _all_done(pool: ThreadPoolExecutor, files: Iterable[FarFile], told: Callable
 def free_bytes(target: Path) -> int:
     """Count the free bytes of the disk that will hold `target`."""
     try:
-        return shutil.disk_usage(_existing(target)).free
+        return shutil.disk_usage(existing_folder(target)).free
     except OSError as error:
         raise write_error(target, error) from None
 
 
-def _existing(target: Path) -> Path:
-    return next(folder for folder in target.parents if folder.exists())
+def existing_folder(target: Path) -> Path:
+    """Find the folder that is there and will hold `target`; raise OutputError for a name that no disk can hold."""
+    try:
+        return next(folder for folder in target.absolute().parents if folder.exists())
+    except OSError as error:
+        raise write_error(target, error) from None
 
 
 def _check_space(files: tuple[FarFile, ...], target: Path | None, reserved: int) -> None:
     storage = files[0].repo.storage
     repos = {file.repo.storage: file.repo for file in files}.values()
     needed = sum(file.n_bytes for file in files) - sum(partial_bytes(repo) for repo in repos)
-    if target is not None and _existing(target).stat().st_dev == _existing(storage).stat().st_dev:
+    if target is not None and existing_folder(target).stat().st_dev == existing_folder(storage).stat().st_dev:
         needed += reserved
     free = free_bytes(storage)
     if free < needed:

@@ -109,6 +109,7 @@ def _build(
         assignment = assign_plan(plan, scores_by_measure(plan, report) if report else {})
         work = _work(plan, streams, assignment, survey, building, seen, run)
         written = carry_out_batches(work)
+        work.advance(work.elements)
     if not run.team.is_first:
         return
     sources = source_files(plan, seen, run)
@@ -163,6 +164,7 @@ def _work(
         journal=building.journal,
         seen=seen,
         budget=budget_of(plan, run),
+        elements=total,
         advance=counter(run.progress, "merge", total * row_bytes(plan), row_bytes(plan)),
         team=run.team,
     )
@@ -173,7 +175,7 @@ def batch_elements(plan: Plan, n_routed: int) -> int:
     groups = [group for group in group_by_method(plan.tensors) if not group.spans_model]
     ranked = sum(group.passes() * sum(tensor.size for tensor in group.tensors) for group in groups)
     extract = plan.loaded.recipe.extract
-    passes = 2 + (extract.density not in (None, 1.0)) + 3 * (extract.values == "int8") + (extract.over == "model")
+    passes = 2 + (extract.select == "magnitude" and extract.density != 1.0)
     share = 2 * len(plan.experts) / (len(plan.experts) + 1)
     return ranked + sum(tensor.size for tensor in plan.tensors) + round(passes * share * n_routed)
 

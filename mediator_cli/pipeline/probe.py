@@ -224,6 +224,7 @@ def _batches(
         journal=start_journal(folder / "journal", {}),
         seen=Digests(),
         budget=bench.budget,
+        elements=0,
         advance=_unheard,
         team=Alone(),
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mediator_cli.checkpoint.remote.ahead import KEPT_BYTES
+from mediator_cli.checkpoint.remote.folder import remote_file
 from mediator_cli.checkpoint.write import NewTensor
 from mediator_cli.engine.streams import RUNTIME_BYTES, make_budget
 from mediator_cli.engine.team import Alone
@@ -57,7 +59,10 @@ def output_folder(plan: Plan, output: Path | str | None) -> Path:
 
 def budget_of(plan: Plan, run: Settings) -> Budget:
     """Choose how much runs at a time, so that it fits in the memory that is given."""
-    budget = make_budget(len(plan.experts), run.workers, run.memory, RUNTIME_BYTES)
+    sources = [*plan.base.tensors.values(), *(info for expert in plan.experts for info in expert.tensors.values())]
+    is_far = any(remote_file(file) is not None for file in {info.file for info in sources})
+    resident = RUNTIME_BYTES + (KEPT_BYTES if is_far else 0)
+    budget = make_budget(len(plan.experts), run.workers, run.memory, resident)
     return budget if run.slab is None else replace(budget, slab=run.slab)
 
 

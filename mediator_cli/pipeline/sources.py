@@ -75,10 +75,11 @@ def source_files(plan: Plan, seen: Digests, run: Settings) -> dict[str, tuple[So
     found = {file: known_digest(file) for file in infos}
     unknown = {file: _all_tensors(file, infos[file]) for file in infos if found[file] is None}
     unread = [info for file, each in unknown.items() for info in each if info.name not in seen.of(file)]
-    advance = counter(run.progress, "digest sources", sum(info.n_bytes for info in unread))
-    scans = scan_tensors(unread, run.workers, advance, finite=False)
-    for info, scan in zip(unread, scans, strict=True):
-        seen.add(info.file, info.name, scan.digest)
+    if unread:
+        advance = counter(run.progress, "digest sources", sum(info.n_bytes for info in unread))
+        scans = scan_tensors(unread, run.workers, advance, finite=False)
+        for info, scan in zip(unread, scans, strict=True):
+            seen.add(info.file, info.name, scan.digest)
     noted = {file: found[file] or _digest(file, unknown[file], seen) for file in infos}
     return {name: tuple(noted[file] for file in files) for name, files in groups.items()}
 

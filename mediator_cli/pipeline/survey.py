@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mediator_cli.bundle.manifest import ConflictReport, SourceFile
+from mediator_cli.checkpoint.header import identity
 from mediator_cli.engine.conflict import count_tensors, sample_tensors
 from mediator_cli.engine.statistics import find_statistics, group_by_method
 from mediator_cli.engine.streams import open_streams
@@ -139,4 +140,4 @@ def _known_sources(plan: Plan) -> dict[str, tuple[SourceFile, ...]]:
 
 
 def _known(file: Path) -> SourceFile:
-    return known_digest(file) or SourceFile(name=file.name, bytes=file.stat().st_size)
+    return known_digest(file) or SourceFile(name=file.name, bytes=int(identity(file)[0]))

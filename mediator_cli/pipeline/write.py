@@ -44,6 +44,7 @@ class Work:
     """All that the batches share: what is merged how, what the survey found, and where results go.
 
     `routed` are the tensors of which experts keep deltas, `from_base` those whose dense values are the base's own.
+    `advance` is told of elements of each source that were read, of about `elements` in all.
     """
 
     streams: Streams
@@ -55,6 +56,7 @@ class Work:
     journal: Journal
     seen: Digests
     budget: Budget
+    elements: int
     advance: Callable[[int], None]
     team: Team
 

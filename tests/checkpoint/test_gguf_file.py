@@ -31,7 +31,7 @@ SAME_PLACE = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEDIATOR_CACHE", str(tmp_path / "cache" / "mediator"))
     return tmp_path / "cache" / "mediator" / "dequantised"
 
 
@@ -263,10 +263,10 @@ def test_a_missing_package_gets_the_command_that_installs_it(tmp_path, monkeypat
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     write_gguf(tmp_path / "m.gguf")
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("MEDIATOR_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="cannot write: not a directory") as caught:
         open_gguf(tmp_path / "m.gguf")
-    assert "XDG_CACHE_HOME" in caught.value.problems[0].hint
+    assert "MEDIATOR_CACHE" in caught.value.problems[0].hint
 
 
 def test_a_gguf_expert_merges_with_its_notice(tmp_path, mediator):

@@ -153,7 +153,7 @@ def test_no_colour_codes_go_to_a_pipe(workshop, mediator, words):
 def test_progress_is_one_plain_line_a_stage_in_a_pipe(workshop, mediator):
     workshop.recipe(assign={"rule": "all"})
     stages = [line.split(":")[0] for line in mediator("merge", "recipe.yaml").err.splitlines()]
-    assert stages == ["survey", "merge", "digest sources"]
+    assert stages == ["survey", "merge"]
 
 
 def test_the_digest_at_the_end_is_the_same_for_the_same_recipe(workshop, mediator):

@@ -57,7 +57,7 @@ def test_uniform_numbers_are_uniform():
 
 
 def test_the_budget_takes_all_workers_and_the_largest_slab_that_fit():
-    assert make_budget(4, 8, 8 << 30) == Budget(8, 2 * BLOCK)
+    assert make_budget(4, 8, 8 << 30) == Budget(8, 4 * BLOCK)
     tight = peak_bytes(4, Budget(8, 2 * BLOCK))
     assert make_budget(4, 8, tight) == Budget(8, 2 * BLOCK)
     assert make_budget(4, 8, peak_bytes(4, Budget(3, BLOCK))).slab >= BLOCK
