@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from mediator_cli.bundle.digest import in_threads
 from mediator_cli.bundle.manifest import MANIFEST, file_names, read_manifest
 from mediator_cli.checkpoint.cache import cache_folder
 from mediator_cli.checkpoint.remote.folder import UNFINISHED
@@ -25,7 +26,7 @@ from mediator_cli.errors import BundleError, CheckpointError, OutputError, Probl
 from mediator_cli.pipeline.progress import Progress, counter, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mediator_cli.engine.publish import Mode
     from mediator_cli.plan.model import Plan
@@ -100,19 +101,10 @@ def _upload(folder: Path, store: Store, progress: Progress) -> None:
         store.write(name, folder / name)
         advance((folder / name).stat().st_size)
 
-    _in_threads(send, [name for name in files if name != MANIFEST])
-    _in_threads(store.remove, sorted(stale))
+    deque(in_threads(send, [name for name in files if name != MANIFEST], _AT_A_TIME), maxlen=0)
+    deque(in_threads(store.remove, sorted(stale), _AT_A_TIME), maxlen=0)
     send(MANIFEST)
     store.remove(UNFINISHED)
-
-
-def _in_threads(action: Callable[[str], None], names: Sequence[str]) -> None:
-    """Do it for each name, some at a time; the first error ends all, after those in flight."""
-    pool = ThreadPoolExecutor(_AT_A_TIME)
-    try:
-        list(pool.map(action, names))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _replaced(store: Store) -> set[str]:
