@@ -211,7 +211,9 @@ def test_a_merge_killed_from_outside_at_any_time_goes_on_to_the_same_bytes(works
         return run
 
     began = time.monotonic()
-    assert start().wait() == 0
+    whole = start()
+    whole.communicate()
+    assert whole.returncode == 0
     length = time.monotonic() - began
     for number in range(5):
         clear(workshop)

@@ -65,7 +65,9 @@ def test_plan_tells_the_downloads_by_source(mediator, hub, workshop, cache, reci
     report = json.loads(mediator("plan", recipe, "--json", "--no-calibrate").out)
     sizes = {name: (workshop.folder / name / WEIGHTS).stat().st_size for name in NAMES}
     assert report["download_bytes"] == sizes
-    row = next(line for line in mediator("plan", recipe, "--no-calibrate").out.splitlines() if line.startswith(" download"))
+    row = next(
+        line for line in mediator("plan", recipe, "--no-calibrate").out.splitlines() if line.startswith(" download")
+    )
     assert row.split()[1:4] == [f"{sum(sizes.values()) / 1e3:.1f}", "kB:", "base"]
     assert weights_in(cache) == []
 
