@@ -20,7 +20,11 @@ def kernel(function: F) -> F:
     Floats are neither reordered nor contracted, so that bits are the same on every machine. Division by zero gives
     inf or nan as numpy does.
     """
-    return cast("F", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    try:
+        return cast("F", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    except RuntimeError:
+        # Where neither the package nor the user's cache can be written, each process compiles for itself.
+        return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
 
 
 def spare_scipy() -> None:
