@@ -12,10 +12,10 @@ from mediator_cli.kernels.jit import kernel
 def test_a_kernel_compiles_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = numba.njit
 
-    def without_cache(**options: object) -> object:
+    def without_cache(*functions: object, **options: object) -> object:
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
-        return compiled(**options)
+        return compiled(*functions, **options)
 
     monkeypatch.setattr(numba, "njit", without_cache)
 
