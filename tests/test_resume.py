@@ -147,8 +147,10 @@ def test_sources_are_never_written_to(workshop):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from mediator_cli.cli.app import main
+# A shell that started the tests in the background may have had SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mediator_cli.engine import batches
 from mediator_cli.pipeline import {module} as module
 batches._ROW_ELEMENTS = 800
