@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 RUNTIME_BYTES = 168 << 20
 """Memory of the interpreter with its compiled kernels, before anything is read."""
-_TABLE_BYTES = 64 << 20
-"""What the search for thresholds holds beside the slabs, at most."""
+TABLE_BYTES = 64 << 20
+"""What the search for thresholds holds beside the slabs, at most: where each tensor of a batch has its own."""
 _ROW_BLOCKS = 20
 """Blocks of all experts and the base in a slab, about: more leave the processor's cache, fewer are much overhead."""
 
@@ -85,7 +85,7 @@ def make_budget(n_experts: int, workers: int, memory: int, resident: int = RUNTI
 
 def peak_bytes(n_experts: int, budget: Budget, resident: int = RUNTIME_BYTES) -> int:
     """Estimate the peak memory of streaming: what is there before, tables, and about two float32 slabs per expert."""
-    return resident + _TABLE_BYTES + budget.workers * budget.slab * 4 * (2 * n_experts + 8)
+    return resident + TABLE_BYTES + budget.workers * budget.slab * 4 * (2 * n_experts + 8)
 
 
 def pieces(tensor: str, size: int, slab: int) -> list[Piece]:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mediator_cli.engine.streams import peak_bytes
+from mediator_cli.engine.statistics import group_by_method
+from mediator_cli.engine.streams import TABLE_BYTES, peak_bytes
+from mediator_cli.methods.registry import Select
 from mediator_cli.pipeline.assign import sparse_sizes
 from mediator_cli.pipeline.cost import (
     STAGES,
@@ -120,7 +122,7 @@ def describe_plan(
         sources_are=(cache or "warm") if foretold else None,
         dense_bytes=dense_bytes(plan),
         sparse_bytes=_sparse_range(plan),
-        peak_memory=peak_bytes(len(plan.experts), budget),
+        peak_memory=peak_bytes(len(plan.experts), budget) - TABLE_BYTES + _table_bytes(plan),
         workers=budget.workers,
         free_disk=free_bytes(target),
         methods=tuple(MethodReport(**record.model_dump()) for record in method_records(plan)),
@@ -131,6 +133,23 @@ def describe_plan(
         ),
         notices=plan.notices,
     )
+
+
+def _table_bytes(plan: Plan) -> int:
+    """Estimate what the searches for thresholds hold: much where many tensors are ranked by themselves at a time."""
+    recipe = plan.loaded.recipe
+    overs = {
+        statistic.over(group.method.params)
+        for group in group_by_method(plan.tensors)
+        for statistic in group.method.needed_statistics()
+        if isinstance(statistic, Select)
+    }
+    if recipe.assign.rule != "none":
+        overs |= {t.extract.over for t in plan.tensors if t.extract.select == "magnitude" and t.extract.density < 1}
+        overs |= {"tensor"} if recipe.conflict.denoise.top_fraction is not None else set()
+    if "tensor" in overs:
+        return TABLE_BYTES
+    return TABLE_BYTES // 5 if overs else 0
 
 
 def _weights(plan: Plan) -> dict[str, tuple[float, float]]:
