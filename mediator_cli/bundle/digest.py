@@ -14,7 +14,7 @@ import numpy as np
 from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.checkpoint.digest import digest_blocks, fold, fold_file
 from mediator_cli.checkpoint.header import DTYPE_BYTES, FLOAT_DTYPES, read_header, read_start
-from mediator_cli.checkpoint.read import STORED_DTYPES, Handle, open_files, read_into, widen
+from mediator_cli.checkpoint.read import STORED_DTYPES, open_files, read_into, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence

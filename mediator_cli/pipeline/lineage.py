@@ -11,7 +11,7 @@ from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.engine.streams import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mediator_cli.engine.streams import Streams
     from mediator_cli.kernels.arrays import Doubles
@@ -31,6 +31,14 @@ def check_lineage(plan: Plan, streams: Streams) -> Iterator[str]:
                 f"expert {expert.name} differs from the base by {ratio:.0%} of the base's size: "
                 f"is {plan.loaded.recipe.base} the model that it was tuned from?"
             )
+
+
+def tell_doubts(plan: Plan, streams: Streams, notify: Callable[[str], None]) -> tuple[str, ...]:
+    """Tell of experts that seem to be no fine-tunes of the base, before the long work begins."""
+    doubts = tuple(check_lineage(plan, streams))
+    for doubt in doubts:
+        notify(doubt)
+    return doubts
 
 
 def delta_sizes(streams: Streams, tensors: Sequence[TensorPlan]) -> list[float]:

@@ -16,9 +16,10 @@ from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import open_streams
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.pipeline.assign import assign_plan
-from mediator_cli.pipeline.conflicts import reuse_report, scores_by_measure
+from mediator_cli.pipeline.conflicts import check_pair, reuse_report, scores_by_measure
+from mediator_cli.pipeline.cost import measures_conflict
 from mediator_cli.pipeline.download import download_weights, free_bytes
-from mediator_cli.pipeline.lineage import check_lineage
+from mediator_cli.pipeline.lineage import tell_doubts
 from mediator_cli.pipeline.progress import counter
 from mediator_cli.pipeline.record import Outcome, SparseFiles, make_manifest, model_card, package_version
 from mediator_cli.pipeline.routable import check_routing
@@ -46,12 +47,10 @@ if TYPE_CHECKING:
 def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictReport:
     """Measure how much the experts of a plan disagree, without merging."""
     run, seen = settings or Settings(), Digests()
-    if len(plan.experts) < 2:
-        place = plan.loaded.place("experts")
-        raise OutputError(Problem(place, "conflict needs at least two experts", "add an expert"))
+    check_pair(plan)
     download_weights(plan, run.progress)
     with open_streams(plan, seen) as streams:
-        _doubts(plan, streams, run)
+        tell_doubts(plan, streams, run.notify)
         survey = take_survey(plan, (), streams, run, conflict=True)
     report = conflict_report(plan, survey, source_files(plan, seen, run))
     if report is None:
@@ -102,7 +101,7 @@ def _build(
 ) -> None:
     seen, folder = Digests(), building.folder
     with open_streams(plan, seen) as streams:
-        doubts = _doubts(plan, streams, run)
+        doubts = tell_doubts(plan, streams, run.notify)
         given = None if conflicts is None else reuse_report(plan, conflicts, source_files(plan, seen, run))
         survey = _survey(plan, streams, given, building, run)
         report = given or conflict_report(plan, survey, {})
@@ -135,7 +134,7 @@ def _prepare_router(plan: Plan) -> RouterJob | None:
 
 
 def _survey(plan: Plan, streams: Streams, given: ConflictReport | None, building: Building, run: Settings) -> Survey:
-    conflict = given is None and plan.loaded.recipe.assign.rule != "none" and len(plan.experts) > 1
+    conflict = given is None and measures_conflict(plan)
     return take_survey(plan, plan.tensors, streams, run, conflict=conflict, journal=building.journal)
 
 
@@ -178,14 +177,6 @@ def batch_elements(plan: Plan, n_routed: int) -> int:
     passes = 2 + (extract.select == "magnitude" and extract.density != 1.0)
     share = 2 * len(plan.experts) / (len(plan.experts) + 1)
     return ranked + sum(tensor.size for tensor in plan.tensors) + round(passes * share * n_routed)
-
-
-def _doubts(plan: Plan, streams: Streams, run: Settings) -> tuple[str, ...]:
-    """Tell of experts that seem to be no fine-tunes of the base, before the long work begins."""
-    doubts = tuple(check_lineage(plan, streams))
-    for doubt in doubts:
-        run.notify(doubt)
-    return doubts
 
 
 def _check_space(plan: Plan, target: Path) -> None:
@@ -231,11 +222,11 @@ def _sparse_files(work: Work, expert: str) -> SparseFiles:
     """Digest the files of one sparse expert, which were written out of order."""
     records: list[WeightFile] = []
     tensors: dict[str, str] = {}
-    for named in sparse_files(work).values():
-        sparse = open_sparse_file(work.folder / named(expert))
+    for name in sparse_files(work, expert).values():
+        sparse = open_sparse_file(work.folder / name)
         arrays = digest_tensors(sparse.arrays, work.budget.workers)
         tensors |= sparse_digests(sparse, arrays)
-        records.append(_weight_file(work.folder, named(expert), arrays))
+        records.append(_weight_file(work.folder, name, arrays))
     return SparseFiles(tuple(records), tensors)
 
 

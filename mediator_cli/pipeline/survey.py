@@ -15,7 +15,7 @@ from mediator_cli.engine.streams import open_streams
 from mediator_cli.engine.sweep import all_of, carry_out
 from mediator_cli.pipeline.conflicts import check_pair, conflict_passes, make_report, make_sampled_report
 from mediator_cli.pipeline.download import download_weights
-from mediator_cli.pipeline.lineage import check_lineage
+from mediator_cli.pipeline.lineage import tell_doubts
 from mediator_cli.pipeline.progress import counter
 from mediator_cli.pipeline.settings import budget_of, row_bytes
 from mediator_cli.pipeline.sources import known_digest, tensors_by_file
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.statistics import Found, Group
     from mediator_cli.engine.streams import Budget, Streams
     from mediator_cli.engine.sweep import Search
+    from mediator_cli.kernels.arrays import Doubles
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import Plan, TensorPlan
 
@@ -60,7 +61,7 @@ def take_survey(
         return _read(journal.steps[_STEP])
     # Thresholds over the model are over all tensors of a method, routed or not, so that they never depend on routing.
     groups = [group for group in group_by_method(merged) if group.spans_model]
-    searches = [_statistics(streams, group, budget) for group in groups]
+    searches: list[Search[Any]] = [find_statistics(streams, group, budget.slab) for group in groups]
     if conflict:
         searches.append(_conflict(plan, streams, budget))
     if not searches:
@@ -68,7 +69,7 @@ def take_survey(
     total = survey_elements(plan, groups, conflict=conflict)
     advance = counter(run.progress, "survey", total * row_bytes(plan), row_bytes(plan))
     results = carry_out(all_of(searches), budget.workers, advance, run.team)
-    counts = results.pop()["counts"] if conflict else None
+    counts = results.pop() if conflict else None
     survey = Survey(counts, {name: facts for result in results for name, facts in result.items()})
     if journal is not None:
         journal.write(_STEP, _written(survey))
@@ -83,14 +84,9 @@ def survey_elements(plan: Plan, groups: list[Group], *, conflict: bool) -> int:
     return max(ranked, counted)
 
 
-def _statistics(streams: Streams, group: Group, budget: Budget) -> Search[dict[str, Any]]:
-    return (yield from find_statistics(streams, group, budget.slab))
-
-
-def _conflict(plan: Plan, streams: Streams, budget: Budget) -> Search[dict[str, Any]]:
+def _conflict(plan: Plan, streams: Streams, budget: Budget) -> Search[dict[str, Doubles]]:
     sizes = {tensor.name: tensor.size for tensor in plan.tensors if tensor.average is not None and tensor.size}
-    counts = yield from count_tensors(streams, sizes, plan.loaded.recipe.conflict.denoise, budget.slab)
-    return {"counts": counts}
+    return count_tensors(streams, sizes, plan.loaded.recipe.conflict.denoise, budget.slab)
 
 
 def _written(survey: Survey) -> dict[str, Any]:
@@ -127,8 +123,7 @@ def sample_conflicts(plan: Plan, share: float, run: Settings) -> ConflictReport:
     denoise = plan.loaded.recipe.conflict.denoise
     total = round(share * conflict_passes(denoise) * sum(merged.values()))
     with open_streams(plan) as streams:
-        for doubt in check_lineage(plan, streams):
-            run.notify(doubt)
+        tell_doubts(plan, streams, run.notify)
         advance = counter(run.progress, "sample", total * row_bytes(plan), row_bytes(plan))
         samples = carry_out(sample_tensors(streams, merged, denoise, share), budget_of(plan, run).workers, advance)
     return make_sampled_report(plan, samples, share, _known_sources(plan))

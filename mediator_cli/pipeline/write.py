@@ -6,6 +6,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.sparse_writer import SparseFileWriter
     from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.checkpoint.read import Handle
     from mediator_cli.engine.batches import Batch, Shard
     from mediator_cli.engine.extract.choose import Limit
     from mediator_cli.engine.journal import Journal
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from mediator_cli.engine.streams import Budget, Streams
     from mediator_cli.engine.team import Team
     from mediator_cli.plan.model import TensorPlan
+
+
+_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,14 @@ class Work:
     elements: int
     advance: Callable[[int], None]
     team: Team
+
+    @cached_property
+    def placed(self) -> dict[str, TensorInfo]:
+        """Where each dense tensor lies or will lie."""
+        infos: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            infos |= place_tensors(self.folder / shard.name, shard.members, _METADATA)
+        return infos
 
     @property
     def waits(self) -> bool:
@@ -88,7 +101,7 @@ def carry_out_batches(work: Work) -> Written:
         return _carry_out(work)
     except BaseException as error:
         if work.journal.steps:
-            steps = [step for shard in work.shards for batch in shard.batches for step in _steps(work, batch)]
+            steps = _all_steps(work)
             n_done = sum(step in work.journal.steps for step in steps)
             error.add_note(f"kept: {n_done} of {len(steps)} steps are finished")
         raise
@@ -105,8 +118,7 @@ def _carry_out(work: Work) -> Written:
         with _behind(work) as finished:
             for shard in mine:
                 _write_late(work, shard, limits, finished)
-    steps = [step for shard in work.shards for batch in shard.batches for step in _steps(work, batch)]
-    work.team.wait_for(work.journal, steps)
+    work.team.wait_for(work.journal, _all_steps(work))
     return _gathered(work)
 
 
@@ -120,6 +132,10 @@ def _late_step(batch: Batch) -> str:
 
 def _steps(work: Work, batch: Batch) -> list[str]:
     return [_dense_step(batch), *([_late_step(batch)] if work.waits else [])]
+
+
+def _all_steps(work: Work) -> list[str]:
+    return [step for shard in work.shards for batch in shard.batches for step in _steps(work, batch)]
 
 
 def _write_shard(work: Work, shard: Shard, finished: _Finished) -> None:
@@ -184,11 +200,9 @@ def _extract(
     routed = work.routed_of(batch.tensors)
     if not routed or not writers:
         return {}
-    infos = _placed(work)
-    with open_files(infos[tensor.name].file for tensor in routed) as descriptors:
-        experts = dict(zip(work.streams.names, work.streams.experts, strict=True))
-        job = Extraction(experts, Dense(descriptors, infos), work.budget.slab, work.streams.seed)
-        share = len(experts) + 1
+    share = len(work.streams.names) + 1
+    with open_files(work.placed[tensor.name].file for tensor in routed) as descriptors:
+        job = _extraction(work, descriptors)
         found = extract_batch(
             job, routed, writers, limits, work.budget.workers, lambda n: work.advance(max(1, 2 * n // share))
         )
@@ -208,17 +222,10 @@ def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> 
     return Target(file, descriptor, infos, Digests())
 
 
-_METADATA = {"format": "pt"}
-
-
-def sparse_files(work: Work) -> dict[int, Callable[[str], str]]:
-    """Name the sparse files of each shard, by expert; shards of which nothing is routed have none."""
+def sparse_files(work: Work, expert: str) -> dict[int, str]:
+    """Name the files of a sparse expert by the number of the shard; shards of which nothing is routed have none."""
     numbers = [shard.number for shard in work.shards if work.routed_of(shard.tensors)]
-
-    def named(number: int) -> Callable[[str], str]:
-        return lambda expert: sparse_file_name(expert, numbers.index(number) + 1, len(numbers))
-
-    return {number: named(number) for number in numbers}
+    return {number: sparse_file_name(expert, at, len(numbers)) for at, number in enumerate(numbers, 1)}
 
 
 def _open_writers(
@@ -230,10 +237,9 @@ def _open_writers(
         return {}
     (work.folder / EXPERTS_FOLDER).mkdir(exist_ok=True)
     names, dtypes = [tensor.name for tensor in routed], {tensor.name: tensor.dtype for tensor in routed}
-    named = sparse_files(work)[shard.number]
     writers: dict[str, SparseFileWriter] = {}
     for expert in work.streams.names:
-        file = work.folder / named(expert)
+        file = work.folder / sparse_files(work, expert)[shard.number]
         if done:
             stored: dict[str, Any] = {}
             for batch in done:
@@ -248,11 +254,9 @@ def _open_writers(
     return writers
 
 
-def _placed(work: Work) -> dict[str, TensorInfo]:
-    infos: dict[str, TensorInfo] = {}
-    for shard in work.shards:
-        infos |= place_tensors(work.folder / shard.name, shard.members, _METADATA)
-    return infos
+def _extraction(work: Work, descriptors: Mapping[Path, Handle]) -> Extraction:
+    experts = dict(zip(work.streams.names, work.streams.experts, strict=True))
+    return Extraction(experts, Dense(descriptors, work.placed), work.budget.slab, work.streams.seed)
 
 
 def _limits(work: Work) -> dict[tuple[str, str], Limit]:
@@ -260,11 +264,8 @@ def _limits(work: Work) -> dict[tuple[str, str], Limit]:
     routed = [t for shard in work.shards for t in work.routed_of(shard.tensors) if t.extract.over == "model" and t.size]
     order = {name: at for at, name in enumerate(work.streams.weights)}
     routed.sort(key=lambda tensor: order[tensor.name])
-    infos = _placed(work)
-    with open_files(info.file for info in infos.values()) as descriptors:
-        experts = dict(zip(work.streams.names, work.streams.experts, strict=True))
-        job = Extraction(experts, Dense(descriptors, infos), work.budget.slab, work.streams.seed)
-        return common_limits(job, routed, work.budget.workers, work.advance)
+    with open_files(info.file for info in work.placed.values()) as descriptors:
+        return common_limits(_extraction(work, descriptors), routed, work.budget.workers, work.advance)
 
 
 @dataclass

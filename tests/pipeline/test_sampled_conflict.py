@@ -93,7 +93,7 @@ def test_a_sample_is_the_same_for_any_workers_and_another_for_another_seed(large
 def test_only_the_drawn_blocks_are_read(larger, monkeypatch):
     read, deltas = [], Streams.deltas
     monkeypatch.setattr(Streams, "deltas", lambda self, piece: (read.append(piece), deltas(self, piece))[1])
-    monkeypatch.setattr("mediator_cli.pipeline.survey.check_lineage", lambda plan, streams: ())
+    monkeypatch.setattr("mediator_cli.pipeline.survey.tell_doubts", lambda plan, streams, notify: ())
     plan = plan_of(larger, denoise="none")
     sample_conflicts(plan, 0.1, Settings(workers=1))
     wanted = [piece for t in plan.tensors for piece in drawn_pieces(0, t.name, t.size, 0.1)]
