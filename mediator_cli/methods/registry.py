@@ -4,6 +4,10 @@ A method is a pure function of slabs as numpy arrays. Two positional arguments: 
 or `tensors [n, m]` (space `weight`) in float32, and `weights [n]` in float64. Its keyword-only arguments are, by name:
 statistics that it declares, `uniforms [n, m]` if it is random, and everything else is a parameter of the recipe.
 It gives float32 [m] and never changes what it is given.
+
+A method that declares a `view` has the scope of matrices: it is given each matrix whole, `[n, rows, columns]`, one at
+a time, and gives `[rows, columns]`; of a 3-D tensor each slice is a matrix. All other tensors, and matrices that the
+view leaves to elements, come as slabs `[n, m]`, and the method merges them entry by entry.
 """
 
 from __future__ import annotations
@@ -26,14 +30,21 @@ from mediator_cli.kernels.arrays import Doubles, Floats
 
 Params = Mapping[str, Any]
 Space = Literal["delta", "weight"]
-Scope = Literal["element"]
+Scope = Literal["element", "matrix"]
+Role = Literal["linear", "embedding", "head"]
+"""What a tensor is: rows of `embedding` and `head` are tokens; all other tensors, matrices or not, are `linear`."""
+View = Literal["elements", "matrix", "transposed"]
+"""How a matrix is given to a method: in slabs, whole as it is stored (out, in), or whole and transposed."""
 Over = Literal["tensor", "model"]
 Statistics = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Slab:
-    """What a statistic sees of one slab: inputs [n, m], weights [n], parameters, statistics found before it."""
+    """What a statistic sees of one slab: inputs [n, m], weights [n], parameters, statistics found before it.
+
+    Inputs and uniforms are [n, rows, columns] where a statistic looks at whole matrices and the tensor is seen as such.
+    """
 
     inputs: Floats
     weights: Doubles
@@ -53,6 +64,7 @@ class Select:
 
     `count` gives k from the parameters and the number of entries, or instead of that what the Sum named `among` has
     counted. `of` gives what is ranked, float32 [n, m], default the inputs; if `joint` it is one row [1, m].
+    If `whole` it is given whole matrices and may give another number of entries of each, counted by `among`.
     """
 
     name: str
@@ -62,6 +74,7 @@ class Select:
     of: Callable[[Slab], Floats] = inputs_of
     among: str | None = None
     joint: bool = False
+    whole: bool = False
 
 
 def one_number(n: int) -> tuple[int, ...]:
@@ -73,7 +86,7 @@ def one_number(n: int) -> tuple[int, ...]:
 class Sum:
     """A statistic: the sum over fixed blocks of what `block` gives for one block, in float64, in block order.
 
-    `shape` gives the shape of that from the number of inputs.
+    `shape` gives the shape of that from the number of inputs. If `whole` a block is a whole matrix.
     """
 
     name: str
@@ -81,6 +94,7 @@ class Sum:
     over: Callable[[Params], Over]
     needed: Callable[[Params], bool]
     shape: Callable[[int], tuple[int, ...]] = one_number
+    whole: bool = False
 
 
 Statistic = Select | Sum
@@ -109,11 +123,23 @@ def always(params: Params) -> bool:
     return True
 
 
+def linear_maps(role: Role, params: Params) -> View:
+    """See all matrices whole but those with a row per token, unless the parameter `embeddings` says so."""
+    is_map = role == "linear" or params.get("embeddings") == "matrix"
+    return "matrix" if is_map else "elements"
+
+
+def some_copies(n: int, rows: int, columns: int) -> int:
+    """Give the bytes of a float64 copy of all inputs and of as many results, as a method on matrices may need."""
+    return 8 * (2 * n + 4) * rows * columns
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method and what the engine and the documentation need to know of it.
 
     `check` tells what is wrong with parameters that are valid one by one; the place of its problem is a field's name.
+    `view` says how matrices are given to a method of matrix scope; `working_bytes` what it takes to merge n of them.
     """
 
     name: str
@@ -121,7 +147,8 @@ class Method:
     space: Space
     reference: str
     schema: type[BaseModel]
-    scope: Scope = "element"
+    view: Callable[[Role, Params], View] | None = None
+    working_bytes: Callable[[int, int, int], int] = some_copies
     statistics: tuple[Statistic, ...] = ()
     rows: tuple[PerRow, ...] = ()
     presets: Mapping[str, Params] = field(default_factory=dict)
@@ -132,6 +159,11 @@ class Method:
     uses_weights: bool = True
     normalizes: Callable[[Params], bool] | None = None
     check: Callable[[Params], Problem | None] | None = None
+
+    @property
+    def scope(self) -> Scope:
+        """What the method has to see at a time."""
+        return "matrix" if self.view else "element"
 
     @property
     def summary(self) -> str:
@@ -160,6 +192,12 @@ class ResolvedMethod:
         """All parameters, with the anchors where they change over the layers."""
         return {**self.params, **{name: list(anchors) for name, anchors in self.gradients.items()}}
 
+    def view_of(self, shape: tuple[int, ...], role: Role) -> View:
+        """Say how a tensor is given to the method: 2-D and 3-D ones, whose matrices are no vectors, as `view` says."""
+        if self.method.view is None or len(shape) not in (2, 3) or min(shape[-2:]) < 2 or not all(shape):
+            return "elements"
+        return self.method.view(role, self.params)
+
     def needed_statistics(self) -> tuple[Statistic, ...]:
         """The statistics that these parameters call for, in the order in which they must be found."""
         return tuple(statistic for statistic in self.method.statistics if statistic.needed(self.params))
@@ -182,7 +220,7 @@ class ResolvedMethod:
         statistics: Statistics | None = None,
         uniforms: Floats | None = None,
     ) -> Floats:
-        """Combine inputs [n, m] to [m]; a delta method's answer is still to be added to the base."""
+        """Combine inputs [n, m] to [m], or matrices [n, rows, columns]; a delta method's answer is without the base."""
         extra: dict[str, Any] = dict(statistics or {})
         if self.method.random:
             extra["uniforms"] = uniforms

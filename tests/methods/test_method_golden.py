@@ -1,25 +1,22 @@
-"""Numbers that the authors' and other tools' code gave on the same inputs; see scripts/copy_golden.py."""
-
-import json
-from pathlib import Path
+"""Golden numbers of the methods that work on single entries of task vectors, by direct calls and by the engine."""
 
 import numpy as np
 import pytest
-import torch
-from conftest import write_checkpoint
-from safetensors.numpy import load_file
+from golden_cases import (
+    CASES,
+    INPUTS,
+    call,
+    call_joined,
+    each_case,
+    merge_case,
+    n_outside,
+    resolved,
+    stored,
+    uniforms_of,
+)
 
-from mediator_cli import Settings, load_recipe, make_plan, merge
 from mediator_cli.methods._ops import trim_count
 from mediator_cli.methods._ranks import middle_ranks
-from mediator_cli.methods.registry import methods, resolve_method
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-INDEX = json.loads((GOLDEN / "index.json").read_text())
-CASES = {case["id"]: case for case in INDEX["cases"]}
-INPUTS = load_file(GOLDEN / "inputs.safetensors")
-NAMES = list(INDEX["tensors"])
-NORM = "model.norm.weight"
 
 # How the recipe asks for what each source does.
 AVERAGE = {
@@ -42,7 +39,7 @@ AVERAGE = {
     "dare_linear_mergekit": {"preset": "mergekit", "density": 0.5, "lambda": 0.7},
     "dare_linear_norescale_mergekit": {"preset": "mergekit", "density": 0.5, "lambda": 0.7, "rescale": "none"},
     "dare_task_arithmetic_fusionbench": {"preset": "fusion_bench"},
-    "dare_random_mergelm": {"density": 0.7},
+    "dare_random_mergelm": {"method": "dare_linear", "density": 0.7},
     "dare_ties_mergekit": {"preset": "mergekit", "density": 0.6, "lambda": 0.7},
     "dare_ties_mergelm": {"density": 0.7},
     "breadcrumbs_mergekit": {"preset": "mergekit", "density": 0.6, "gamma": 0.05, "lambda": 0.7},
@@ -54,7 +51,7 @@ AVERAGE = {
     "della_mergekit": {"preset": "mergekit", "density": 0.6, "lambda": 0.7},
     "della_linear_mergekit": {"preset": "mergekit", "density": 0.5, "epsilon": 0.1, "lambda": 0.7},
     "della_official": {},
-    "della_noelect_official": {},
+    "della_noelect_official": {"method": "della_linear"},
     "sce_dense_mergekit": {"preset": "mergekit"},
     "sce_topk_mergekit": {"preset": "mergekit", "select_topk": 0.3},
     "sce_tiny_deltas_mergekit": {"preset": "mergekit"},
@@ -63,116 +60,18 @@ AVERAGE = {
 }
 
 
-def average_of(case):
-    return {"method": case["method"], **AVERAGE[case["id"]]}
-
-
-def resolved(average):
-    params = {key: value for key, value in average.items() if key not in ("method", "preset")}
-    return resolve_method(average["method"], average.get("preset"), params, str)
-
-
-def stored(case):
-    return load_file(GOLDEN / "expected" / f"{case['id']}.safetensors")
-
-
-def weights_of(case):
-    return case["weights"] or [1.0] * len(case["models"])
-
-
-def tensor_of(case, model, name):
-    """A case's own input where it has one, else the common one."""
-    return stored(case).get(f"in.{model}.{name}", INPUTS[f"{model}.{name}"])
-
-
-def uniforms_of(case, model, name):
-    """A number below any density where the stored mask keeps the entry, and above it where not."""
-    mask = stored(case).get(f"in.mask.{model}.{name}", np.ones(INDEX["tensors"][name], np.uint8))
-    return np.where(mask.ravel() == 1, np.float32(0), np.float32(1) - np.finfo(np.float32).eps)
-
-
-def n_outside(case, merged):
-    """Count entries outside the tolerance over all tensors that the case stores."""
-    expected = {k.removeprefix("out."): v for k, v in stored(case).items() if k.startswith("out.model.")}
-    rtol, atol = case["tolerance"]["rtol"], case["tolerance"]["atol"]
-    assert expected
-    return sum(
-        int((abs(merged[name].reshape(value.shape) - value) > atol + rtol * abs(value)).sum())
-        for name, value in expected.items()
-    )
-
-
-def call(case, names):
-    """Call the method on the named tensors, concatenated to one vector; rows are those of the first."""
-    method = resolved(average_of(case))
-    joined = {m: np.concatenate([tensor_of(case, m, n).ravel() for n in names]) for m in ("base", *case["models"])}
-    base, inputs = joined["base"], np.stack([joined[m] for m in case["models"]])
-    uniforms = np.stack([np.concatenate([uniforms_of(case, m, n) for n in names]) for m in case["models"]])
-    inputs = inputs - base if method.method.space == "delta" else inputs
-    in_rows = method.find_in_rows(inputs, INDEX["tensors"][names[0]][-1]) if method.needs_rows else {}
-    merged = method(inputs, np.array(weights_of(case)), in_rows, uniforms)
-    merged = merged + base if method.method.space == "delta" else merged
-    cuts = np.cumsum([INPUTS[f"base.{n}"].size for n in names])[:-1]
-    return dict(zip(names, np.split(merged, cuts), strict=True))
-
-
 def is_over_model(case):
-    return resolved(average_of(case)).params.get("trim") == "model"
+    return resolved(case["average"]).params.get("trim") == "model"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case(AVERAGE)
 def test_direct_call_gives_the_golden_numbers(case):
-    parts = [NAMES] if is_over_model(case) else [[name] for name in NAMES]
-    merged = {name: tensor for names in parts for name, tensor in call(case, names).items()}
-    assert n_outside(case, merged) == 0
+    assert n_outside(case, call_joined(case) if is_over_model(case) else call(case)) == 0
 
 
-@pytest.fixture
-def merge_golden(tmp_path, monkeypatch):
-    """Merge a case's inputs by the streaming engine, masks in place of drawn numbers."""
-
-    def run(case):
-        for model in ("base", *case["models"]):
-            tensors = {name: torch.from_numpy(tensor_of(case, model, name)) for name in NAMES}
-            write_checkpoint(tmp_path / model, tensors, {"num_hidden_layers": 1})
-
-        def draw(seed, name, piece, out):
-            out[:] = uniforms_of(case, name, piece.tensor)[piece.start : piece.stop]
-
-        monkeypatch.setattr("mediator_cli.engine.streams.draw", draw)
-        plan = make_plan(load_recipe(write_recipe(tmp_path / "recipe.yaml", case)))
-        return load_file(merge(plan, tmp_path / "out", settings=Settings(workers=2)) / "model.safetensors")
-
-    return run
-
-
-def write_recipe(file, case):
-    recipe = {
-        "version": 1,
-        "base": "./base",
-        "experts": [
-            {"name": m, "model": f"./{m}", "weight": w} for m, w in zip(case["models"], weights_of(case), strict=True)
-        ],
-        "assign": {"rule": "none"},
-        "average": average_of(case),
-        "output": {"dtype": "float32"},
-    }
-    file.write_text(json.dumps(recipe))
-    return file
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_engine_gives_the_golden_numbers(case, merge_golden):
-    assert n_outside(case, merge_golden(case)) == 0
-
-
-@pytest.mark.parametrize("name", methods())
-def test_every_method_has_a_golden_case(name):
-    assert any(case["method"] == name for case in CASES.values())
-
-
-def test_every_case_is_mapped_to_a_recipe():
-    assert set(AVERAGE) == set(CASES)
+@each_case(AVERAGE)
+def test_engine_gives_the_golden_numbers(case, tmp_path, monkeypatch):
+    assert n_outside(case, merge_case(case, tmp_path, monkeypatch)) == 0
 
 
 def test_masked_deltas_equal_those_of_the_dare_authors():
@@ -192,10 +91,11 @@ def test_masked_deltas_equal_those_of_the_dare_authors():
 def test_chances_to_stay_are_those_of_the_della_authors(name):
     case = CASES[name]
     chances = {k.removeprefix("in.prob."): v for k, v in stored(case).items() if k.startswith("in.prob.")}
+    method = resolved({"method": case["method"].replace("noelect", "linear"), **AVERAGE[name]})
     n_compared = 0
     for key, expected in chances.items():
         delta = INPUTS[key] - INPUTS["base." + key.partition(".")[2]]
-        found = resolved(average_of(case)).find_in_rows(delta.reshape(1, -1), delta.shape[-1])["chances"]
+        found = method.find_in_rows(delta.reshape(1, -1), delta.shape[-1])["chances"]
         # Entries that did not change are equal, so their ranks are arbitrary.
         changed = delta != 0
         n_compared += changed.sum()
@@ -203,10 +103,9 @@ def test_chances_to_stay_are_those_of_the_della_authors(name):
     assert n_compared > 5000
 
 
-def test_one_entry_too_many_is_outside_the_tolerance(monkeypatch):
+def test_one_entry_too_many_is_outside_the_tolerance():
     case = CASES["ties_mean_official"]
-    monkeypatch.setitem(AVERAGE, case["id"], {"density": 569.5 / 2840})
-    assert n_outside(case, call(case, NAMES)) >= 1
+    assert n_outside(case, call_joined({**case, "average": {"method": "ties", "density": 569.5 / 2840}})) >= 1
 
 
 def test_mergellm_keeps_one_entry_more_of_a_small_tensor():
