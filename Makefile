@@ -8,7 +8,7 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow lint types imports docs docs-check bench bench-runtime quality check clean
+.PHONY: help install demo-experts demo test test-slow lint types imports docs docs-check bench bench-runtime quality catalogue check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -72,6 +72,10 @@ quality: install ## the proof on real experts: all tables of the README, about a
 	$(BIN)/python -m scripts.quality.routers
 	$(BIN)/python -m scripts.quality
 	$(BIN)/python -m scripts.quality.report
+
+catalogue: install ## every merge method on the demo's experts: accuracy, time, memory; about an hour after make demo
+	$(BIN)/python -m scripts.catalogue
+	$(BIN)/python -m scripts.catalogue.report
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 

@@ -17,8 +17,8 @@ INPUT_FIELDS = ("base", "models", "weights", "tensors")
 
 
 def main(source: Path) -> None:
-    """Replace tests/golden by the cases found in `source`."""
-    shutil.rmtree(TARGET, ignore_errors=True)
+    """Replace the cases in tests/golden by those found in `source`; what other scripts keep there stays."""
+    shutil.rmtree(TARGET / "expected", ignore_errors=True)
     (TARGET / "expected").mkdir(parents=True)
     index = json.loads((source / "index.json").read_text(encoding="utf-8"))
     shutil.copyfile(source / "inputs.safetensors", TARGET / "inputs.safetensors")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
@@ -16,13 +15,16 @@ import typer
 
 from mediator_cli.bundle.manifest import ConflictReport, Manifest
 from mediator_cli.cli.app import app
-from mediator_cli.cli.methods import describe, parameter_cells
+from mediator_cli.cli.method_pages import cost_in_words, page_of
+from mediator_cli.cli.methods import short_reference
 from mediator_cli.methods.registry import methods
 from mediator_cli.plan.schema import recipe_schema
-from mediator_cli.recipe.schema import AverageSpec
+from mediator_cli.recipe.average import AverageSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mediator_cli.cli.method_pages import MethodPage
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = ("README.md", "recipes/README.md", "mediator_cli/cli/README.md", "mediator_cli/methods/README.md")
@@ -62,28 +64,33 @@ def options_block() -> str:
 
 def methods_block() -> str:
     """List the merge methods with one line each."""
+    pages = [page_of(method) for method in methods().values()]
     rows = [
-        (f"[`{name}`](mediator_cli/methods/README.md#{name})", m.summary, f"[paper]({m.reference})")
-        for name, m in methods().items()
-    ]
-    return table(("method", "what it does", "reference"), rows)
+        (f"[`{page.name}`](mediator_cli/methods/README.md#{page.name})", page.summary, page.needs, page.scope,
+         cost_in_words(page), f"[{short_reference(page.reference)}]({page.reference})")
+        for page in pages
+    ]  # fmt: skip
+    return table(("method", "what it does", "needs", "scope", "cost", "reference"), rows)
 
 
 def method_pages_block() -> str:
     """Explain every merge method from its docstring and signature."""
-    parts = []
-    for name, method in methods().items():
-        facts = describe(method)
-        text = (inspect.getdoc(method.function) or "").split(">>>")[0].strip()
-        rows = [(f"`{p}`", *parameter_cells(f)) for p, f in facts["parameters"].items()]
-        presets = [f"- preset `{p}`: {', '.join(f'{k}={v}' for k, v in d.items()) or 'the defaults'}" for p, d in
-                   facts["presets"].items()]  # fmt: skip
-        parts.append(
-            f"## {name}\n\n{text}\n\n{table(('parameter', 'values', 'default', 'meaning'), rows)}\n\n"
-            + ("\n".join(presets) + "\n\n" if presets else "")
-            + f"Works on {method.space}s. Reference: <{method.reference}>"
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(_method_page(page_of(method)) for method in methods().values())
+
+
+def _method_page(page: MethodPage) -> str:
+    parts = [f"## {page.name}", page.summary]
+    parts += [f"**{head}.** {text}" if head else text for head, text in page.sections]
+    if page.parameters:
+        rows = [(f"`{each.name}`", each.values, each.default, each.meaning) for each in page.parameters]
+        parts.append(table(("parameter", "values", "default", "meaning"), rows))
+    presets = [
+        f"- preset `{name}`: {', '.join(f'{k}={v}' for k, v in values.items()) or 'the defaults'}"
+        for name, values in page.presets.items()
+    ]
+    parts += ["\n".join(presets)] if presets else []
+    parts.append(f"Needs {page.needs}; works on {page.works_on}; scope {page.scope}. Reference: <{page.reference}>")
+    return "\n\n".join([*parts, f"```yaml\n{page.example}```"])
 
 
 def recipe_fields_block() -> str:

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mediator_cli.bundle.sparse import ESCAPE, INT8_MAX
+from mediator_cli.bundle.sparse import ESCAPE, FLOAT_CODECS, INT8_MAX
+from mediator_cli.bundle.sparse_file import SHARED
 from mediator_cli.checkpoint.read import open_files, read_slab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Any
 
     from numpy.typing import NDArray
 
-    from mediator_cli.bundle.sparse_file import SparseFile
+    from mediator_cli.bundle.sparse_file import SparseFile, SparseTensor
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.kernels.arrays import Bytes
 
@@ -31,7 +32,11 @@ def check_entries(sparse: SparseFile, name: str) -> None:
     arrays hold is left to the digests' pass.
     """
     spec, places = sparse.tensors[name], sparse.places(name)
-    index = _slabs(places[spec.index], places[spec.index].size)
+    if spec.is_gated:
+        _check_gated(sparse, name)
+        return
+    listed = places["gaps" if spec.index == "gaps" else "bitmap"]
+    index = _slabs(listed, listed.size)
     count, end = _count_gaps(index) if spec.index == "gaps" else _count_bits(index, spec.size)
     if count != spec.n_kept:
         raise sparse.fault(name, f"{count} positions, not {spec.n_kept}")
@@ -41,6 +46,38 @@ def check_entries(sparse: SparseFile, name: str) -> None:
     largest = {"int8": INT8_MAX * spec.scale, "sign": spec.scale}.get(spec.values, 0.0)
     if abs(largest) > _LARGEST:
         raise sparse.fault(name, "holds NaN or infinite values")
+
+
+def _check_gated(sparse: SparseFile, name: str) -> None:
+    """Check a tensor that is not stored sparsely: its counts, and that its numbers are finite in float32."""
+    spec, places = sparse.tensors[name], sparse.places(name)
+    is_empty = spec.values == "shared" and not spec.n_shared
+    if spec.n_overrides or spec.values == "int8" or is_empty:
+        raise sparse.fault(name, "is stored in a way that does not exist")
+    count = spec.size
+    if spec.index != "all":
+        if spec.index != "bitmap":
+            raise sparse.fault(name, "has a gate that is no bitmap")
+        count, _ = _count_bits(_slabs(places["bitmap"], places["bitmap"].size), spec.size)
+    if count != spec.n_kept:
+        raise sparse.fault(name, f"{count} positions, not {spec.n_kept}")
+    factors = sparse.coefficients(name) if spec.values == "shared" else np.array([spec.scale])
+    if not (np.abs(factors) <= _LARGEST).all():
+        raise sparse.fault(name, "holds NaN or infinite values")
+
+
+def check_shares(sparse: SparseFile, name: str, shared: Mapping[str, SparseTensor]) -> None:
+    """Check that a tensor is stored in a way that its file may, and that arrays it gathers from are there and fit."""
+    spec = sparse.tensors[name]
+    is_whole = spec.index == "all" and spec.values in FLOAT_CODECS
+    if is_whole != (sparse.expert == SHARED):
+        raise sparse.fault(name, "is stored in a way that does not exist")
+    if spec.values != "shared":
+        return
+    if name not in shared:
+        raise sparse.fault(name, "its shared arrays are missing")
+    if shared[name].shape != (spec.n_shared, *spec.shape):
+        raise sparse.fault(name, f"its shared arrays are {list(shared[name].shape)}, not {spec.n_shared} of its shape")
 
 
 def _slabs(info: TensorInfo, size: int) -> Iterator[NDArray[Any]]:

@@ -20,6 +20,8 @@ CONFLICTS = "conflicts.json"
 EXPERTS_FOLDER = "experts"
 ROUTER = "router.safetensors"
 SCHEMA_VERSION = 2
+GATED_SCHEMA_VERSION = 3
+"""That of a manifest whose bundle stores some tensor in another way than sparsely; see README.md."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -119,6 +121,13 @@ class SparseRecord(Record):
     units: dict[str, SparseUnitRecord]
 
 
+class SharedRecord(Record):
+    """The files of the arrays that experts share, where they are not stored sparsely."""
+
+    files: Annotated[tuple[WeightFile, ...], Field(min_length=1)]
+    tensors: Annotated[dict[str, str], Field(description="Digest of each tensor's shared arrays; see README.md.")]
+
+
 class ExtractRecord(Record):
     """How the experts of routed units are stored, before overrides."""
 
@@ -130,6 +139,13 @@ class ExtractRecord(Record):
     select: str
     rescale: float
     values: str
+    mode: Annotated[
+        Literal["sparse", "sign", "emr", "tall_mask", "basis"],
+        Field(description="sparse: all of the above. Else density, over, select and rescale have no meaning."),
+    ] = "sparse"
+    scale: Annotated[Literal["elements", "tensors"] | None, Field(description="Of mode emr.")] = None
+    mask_lambda: Annotated[float | None, Field(description="Of mode tall_mask.")] = None
+    directions: Annotated[int | None, Field(description="Of mode basis.")] = None
 
 
 class UnitScores(Record):
@@ -222,9 +238,9 @@ class RouterRecord(Record):
 
 
 class Manifest(Record):
-    """The routing manifest of a bundle, version 2."""
+    """The routing manifest of a bundle: version 2, or 3 where experts are not stored sparsely."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[2, 3]
     # The first field of that name in the text, whatever the others hold.
     checksum: Annotated[str, Field(description="SHA-256 of this file with an empty checksum.")] = ""
     generator: str
@@ -238,6 +254,9 @@ class Manifest(Record):
     assignment: dict[str, Literal["average", "route"]]
     extract: ExtractRecord | None
     sparse: tuple[SparseRecord, ...]
+    shared: Annotated[
+        SharedRecord | None, Field(description="What experts share; null where all is stored sparsely or by sign.")
+    ] = None
     shards: Annotated[tuple[WeightFile, ...], Field(description="The weight files of the dense expert.")]
     tensors: dict[str, TensorRecord]
     router: RouterRecord | None = None
@@ -248,6 +267,13 @@ class Manifest(Record):
         tuple[str, ...], Field(description="Tensors of routed units that the run time cannot mix for each input.")
     ] = ()
     notices: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _version_fits(self) -> Self:
+        is_later = self.shared is not None or (self.extract is not None and self.extract.mode != "sparse")
+        if is_later and self.schema_version == SCHEMA_VERSION:
+            raise ValueError(f"shared arrays and modes are of version {GATED_SCHEMA_VERSION}")
+        return self
 
 
 class TensorConflict(Record):
@@ -276,6 +302,7 @@ class ConflictReport(Record):
     experts: tuple[str, ...]
     sources: dict[str, tuple[SourceFile, ...]]
     denoise: str
+    align: Annotated[str, Field(description="How hidden units were put in one order first.")] = "none"
     unit: str
     units: dict[str, UnitScores]
     tensors: dict[str, TensorConflict]
@@ -295,18 +322,31 @@ def with_checksum(manifest: Manifest) -> Manifest:
 
 
 def _dump(record: BaseModel) -> str:
-    return json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    data = record.model_dump(mode="json")
+    if isinstance(record, Manifest) and record.schema_version == SCHEMA_VERSION:
+        _drop_later_fields(data)
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
-def bundle_digest(dense: Mapping[str, str], sparse: Mapping[str, Mapping[str, str]]) -> str:
+def _drop_later_fields(data: dict[str, Any]) -> None:
+    """Leave out what version 2 does not know, so that its readers read it and its bytes stay what they were."""
+    del data["shared"]
+    for name in ("mode", "scale", "mask_lambda", "directions") if data["extract"] else ():
+        del data["extract"][name]
+
+
+def bundle_digest(
+    dense: Mapping[str, str], sparse: Mapping[str, Mapping[str, str]], shared: Mapping[str, str] | None = None
+) -> str:
     """Digest a bundle's numbers, however they are shared among files: SHA-256 over lines `digest  name`.
 
     First the dense tensors, sorted by name, then those of the sparse experts as `experts/<expert>/<tensor>`, sorted
-    by expert and name.
+    by expert and name, then the arrays that experts share as `shared/<tensor>`.
     """
     lines = [f"{digest}  {name}\n" for name, digest in sorted(dense.items())]
     for expert, tensors in sorted(sparse.items()):
         lines += [f"{digest}  {EXPERTS_FOLDER}/{expert}/{name}\n" for name, digest in sorted(tensors.items())]
+    lines += [f"{digest}  shared/{name}\n" for name, digest in sorted((shared or {}).items())]
     return sha256("".join(lines))
 
 
@@ -340,7 +380,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def file_names(manifest: Manifest) -> list[str]:
     """List all files that a manifest names, with their paths in the bundle."""
-    weights = [*manifest.shards, *(file for sparse in manifest.sparse for file in sparse.files)]
+    shared = [] if manifest.shared is None else [manifest.shared]
+    experts: list[SparseRecord | SharedRecord] = [*manifest.sparse, *shared]
+    weights = [*manifest.shards, *(file for record in experts for file in record.files)]
     others = [*manifest.files, *([] if manifest.router is None else [manifest.router.file])]
     return [file.name for file in weights] + [file.name for file in others]
 

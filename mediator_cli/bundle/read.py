@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.deltas import SparseExpert, mix_deltas, open_sparse_expert
 from mediator_cli.bundle.manifest import Manifest, bundle_file, read_manifest
+from mediator_cli.bundle.sparse_file import SHARED
 from mediator_cli.bundle.tensors import read_tensor
 from mediator_cli.checkpoint.header import TensorInfo, read_tensors
 from mediator_cli.errors import BundleError, Problem, did_you_mean
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mediator_cli.bundle.deltas import SparseDelta
+    from mediator_cli.bundle.deltas import Delta
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Bundle:
             return dense
         return mix_deltas(dense, [(self.delta(sparse.name, name), weight) for sparse, weight in deltas])
 
-    def delta(self, expert: str, name: str) -> SparseDelta:
+    def delta(self, expert: str, name: str) -> Delta:
         """Read what an expert adds to a tensor that it keeps something of; raise BundleError when it does not fit."""
         sparse = self._sparse(expert)
         shape, dense = sparse.tensors[name].shape, self.tensors[name].shape
@@ -67,8 +68,13 @@ class Bundle:
 def read_bundle(folder: Path) -> Bundle:
     """Open a bundle for reading tensors; raise BundleError or CheckpointError when it is damaged."""
     manifest = read_manifest(folder)
+    shared = None
+    if manifest.shared is not None:
+        shared = open_sparse_expert(SHARED, [bundle_file(folder, file.name) for file in manifest.shared.files])
     experts = {
-        record.expert: open_sparse_expert(record.expert, [bundle_file(folder, file.name) for file in record.files])
+        record.expert: open_sparse_expert(
+            record.expert, [bundle_file(folder, file.name) for file in record.files], shared
+        )
         for record in manifest.sparse
     }
     return Bundle(folder, manifest, read_tensors(folder), experts)

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from mediator_cli.kernels.arrays import Bytes, Counts, Flags, Floats, Halves
 
 ValueCodec = Literal["fp32", "bf16", "fp16", "int8", "sign"]
+StoredValues = ValueCodec | Literal["shared"]
+"""Where an expert's values come from: from its own file, or gathered from the arrays that experts share."""
 IndexCodec = Literal["gaps", "bitmap"]
+StoredIndex = IndexCodec | Literal["all"]
+"""Which entries are stored: those listed, those of a bitmap, or all."""
 
+FLOAT_CODECS: tuple[ValueCodec, ...] = ("fp32", "bf16", "fp16")
+"""Codecs whose values stand by themselves, without a scale."""
 ESCAPE = 255
 ALIGNMENT = 8
 _BITMAP_ABOVE = 1 / 8
@@ -121,6 +127,16 @@ def most_bytes(size: int, n_kept: int, values: ValueCodec, index: IndexCodec | N
         # A bitmap is taken only where it has fewer bytes than entries are kept.
         return n_values + n_kept + size // ESCAPE + 1 + 2 * ALIGNMENT
     return aligned(n_values) + aligned(-(-size // 8) if index == "bitmap" else n_kept + skipped)
+
+
+def gated_bytes(size: int, n_shared: int, has_bits: bool) -> int:
+    """Count the bytes of what one expert keeps of a tensor that is not sparse: a bit an entry, and coefficients."""
+    return (aligned(-(-size // 8)) if has_bits else 0) + 8 * n_shared
+
+
+def shared_bytes(size: int, n_shared: int, values: ValueCodec) -> int:
+    """Count the bytes of the arrays that experts share of a tensor."""
+    return aligned(-(-n_shared * size * _VALUE_BITS[values] // 8))
 
 
 def most_override_bytes(size: int, value_bytes: int) -> int:

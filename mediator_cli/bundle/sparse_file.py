@@ -14,7 +14,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mediator_cli.bundle.manifest import EXPERTS_FOLDER
-from mediator_cli.bundle.sparse import IndexCodec, ValueCodec, aligned, decode_gaps, decode_values, unpack_bits
+from mediator_cli.bundle.sparse import (
+    StoredIndex,
+    StoredValues,
+    aligned,
+    decode_gaps,
+    decode_values,
+    unpack_bits,
+)
 from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo, read_header
 from mediator_cli.checkpoint.read import open_files, read_slab
 from mediator_cli.errors import BundleError, Problem
@@ -25,14 +32,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mediator_cli.kernels.arrays import Counts, Floats
+    from mediator_cli.kernels.arrays import Bytes, Counts, Doubles, Floats
 
 FORMAT = "mediator.sparse"
 FORMAT_VERSION = "1"
+GATED_VERSION = "2"
+"""The version of a file that holds what is not sparse."""
+SHARED = ""
+"""Whose file has the arrays that experts share: no expert has an empty name."""
+_SHARED_FILE = "shared"
 HEADER_BYTES = 1024
 """Room in a header for what is no tensor's."""
-STORED_AS: dict[ValueCodec, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "sign": "U8"}
-ArrayKind = Literal["values", "gaps", "bitmap", "override_index", "override_values"]
+STORED_AS: dict[StoredValues, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "sign": "U8"}
+ArrayKind = Literal["values", "gaps", "bitmap", "coefficients", "override_index", "override_values"]
 _N_KINDS = 5
 _MOST_SIDES = 64
 _Count = Annotated[int, Field(ge=0)]
@@ -45,15 +57,21 @@ class SparseTensor(BaseModel):
 
     shape: Annotated[tuple[_Count, ...], Field(max_length=_MOST_SIDES)]
     n_kept: _Count
-    index: IndexCodec
-    values: ValueCodec
+    index: StoredIndex
+    values: StoredValues
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     n_overrides: _Count = 0
+    n_shared: _Count = 0
 
     @property
     def size(self) -> int:
         """Number of entries of the dense tensor."""
         return math.prod(self.shape)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it is one of the other ways to store an expert, not sparse; see README.md."""
+        return self.index == "all" or self.values == "shared"
 
 
 @dataclass(frozen=True)
@@ -82,12 +100,15 @@ class SparseFile:
     def places(self, name: str) -> dict[ArrayKind, TensorInfo]:
         """Find the arrays of one tensor; raise BundleError when one is missing, too short or of another dtype."""
         spec = self.tensors[name]
-        per_byte = 8 if spec.values == "sign" else 1
-        index_bits = spec.size if spec.index == "bitmap" else 0
-        found: dict[ArrayKind, TensorInfo] = {
-            "values": self._array(f"{name}.values", (STORED_AS[spec.values],), -(-spec.n_kept // per_byte)),
-            spec.index: self._array(f"{name}.{spec.index}", ("U8",), -(-index_bits // 8)),
-        }
+        found: dict[ArrayKind, TensorInfo] = {}
+        if spec.values == "shared":
+            found["coefficients"] = self._array(f"{name}.coefficients", ("F64",), spec.n_shared)
+        else:
+            per_byte = 8 if spec.values == "sign" else 1
+            found["values"] = self._array(f"{name}.values", (STORED_AS[spec.values],), -(-spec.n_kept // per_byte))
+        if spec.index != "all":
+            index_bits = spec.size if spec.index == "bitmap" else 0
+            found[spec.index] = self._array(f"{name}.{spec.index}", ("U8",), -(-index_bits // 8))
         if spec.n_overrides:
             found["override_index"] = self._array(f"{name}.override_index", ("I64",), spec.n_overrides)
             found["override_values"] = self._array(f"{name}.override_values", FLOAT_DTYPES, spec.n_overrides)
@@ -96,6 +117,8 @@ class SparseFile:
     def decode(self, name: str) -> SparseEntries:
         """Decode one tensor; raise BundleError when its arrays do not fit its specification."""
         spec, places = self.tensors[name], self.places(name)
+        if spec.index == "all" or spec.values == "shared":
+            raise self.fault(name, "is not stored sparsely")
         index = self._read(places[spec.index])
         if spec.index == "gaps":
             positions = decode_gaps(index)
@@ -107,7 +130,24 @@ class SparseFile:
             raise self.fault(name, f"a position lies beyond its {spec.size} entries")
         return SparseEntries(positions, self._values(places["values"], spec), *self._overrides(name, spec, places))
 
+    def bits(self, name: str) -> Bytes | None:
+        """Read the bits of a tensor that is not sparse, packed: its gate, or its signs; None where it has none."""
+        spec, places = self.tensors[name], self.places(name)
+        info = places.get("bitmap") or (places["values"] if spec.values == "sign" else None)
+        return None if info is None else self._read(info, -(-spec.size // 8))
+
+    def coefficients(self, name: str) -> Doubles:
+        """Read the coefficients [k] of a tensor whose values are shared; float64."""
+        return self._read(self.places(name)["coefficients"], self.tensors[name].n_shared)
+
+    def stored_values(self, name: str) -> tuple[NDArray[Any], str]:
+        """Read the values of a tensor that keeps all entries, as they are stored, with their dtype, such as BF16."""
+        info = self.places(name)["values"]
+        return self._read(info, self.tensors[name].n_kept), info.dtype
+
     def _values(self, info: TensorInfo, spec: SparseTensor) -> Floats:
+        if spec.values == "shared":
+            raise self.fault(info.name, "is not stored sparsely")
         if spec.values != "sign":
             return decode_values(self._read(info, spec.n_kept), spec.values, spec.scale)
         bits = unpack_bits(self._read(info, -(-spec.n_kept // 8)), spec.n_kept)
@@ -147,25 +187,36 @@ def open_sparse_file(file: Path) -> SparseFile:
     Raises CheckpointError when the header is broken, BundleError when it is no sparse expert's.
     """
     header = read_header(file)
-    if header.metadata.get("format") != FORMAT or header.metadata.get("version") != FORMAT_VERSION:
-        hint = f"expected {FORMAT} version {FORMAT_VERSION}; was it written by a newer mediator?"
+    if header.metadata.get("format") != FORMAT or header.metadata.get("version") not in (FORMAT_VERSION, GATED_VERSION):
+        hint = f"expected {FORMAT} version {FORMAT_VERSION} or {GATED_VERSION}; was it written by a newer mediator?"
         raise BundleError(Problem(str(file), "is not a sparse expert that this version reads", hint))
     try:
         specs: dict[str, Any] = json.loads(header.metadata["tensors"])
         tensors = {name: SparseTensor.model_validate(spec) for name, spec in specs.items()}
     except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise BundleError(Problem(str(file), f"broken metadata: {error}", "fetch the bundle again")) from None
+    if header.metadata["version"] != version_of(tensors.values()):
+        message = f"is of version {header.metadata['version']}, which does not fit its tensors"
+        raise BundleError(Problem(str(file), message, "fetch the bundle again"))
     return SparseFile(file, header.metadata.get("expert", ""), tensors, {info.name: info for info in header.tensors})
+
+
+def version_of(tensors: Iterable[SparseTensor]) -> str:
+    """Say which version a file with these tensors has: the first one unless something is not stored sparsely."""
+    return GATED_VERSION if any(spec.is_gated for spec in tensors) else FORMAT_VERSION
 
 
 def sparse_file_name(expert: str, number: int, count: int) -> str:
     """Name a file of a sparse expert, relative to the bundle: the `number`-th, from 1, of `count`.
 
+    SHARED names those of the arrays that experts share.
+
     >>> sparse_file_name("maths", 1, 1), sparse_file_name("maths", 2, 3)
     ('experts/maths.safetensors', 'experts/maths-00002-of-00003.safetensors')
     """
     part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
-    return f"{EXPERTS_FOLDER}/{expert}{part}.safetensors"
+    stem = f"{EXPERTS_FOLDER}/{expert}" if expert != SHARED else _SHARED_FILE
+    return f"{stem}{part}.safetensors"
 
 
 def reserve_bytes(names: Iterable[str]) -> int:

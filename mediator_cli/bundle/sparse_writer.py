@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mediator_cli.bundle.sparse import ALIGNMENT, ESCAPE, aligned
-from mediator_cli.bundle.sparse_file import FORMAT, FORMAT_VERSION, STORED_AS, ArrayKind, SparseTensor, reserve_bytes
+from mediator_cli.bundle.sparse_file import (
+    FORMAT,
+    STORED_AS,
+    ArrayKind,
+    SparseTensor,
+    reserve_bytes,
+    version_of,
+)
 from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.checkpoint.write import NewTensor, header_bytes, write_at, write_error
 from mediator_cli.errors import OutputError, Problem
@@ -45,10 +52,14 @@ class _NewArray(NamedTuple):
 
 
 def _new_arrays(spec: SparseTensor, dtype: str, n_index: int) -> Iterator[_NewArray]:
-    stored = STORED_AS[spec.values]
-    n_values = -(-spec.n_kept // 8) if spec.values == "sign" else spec.n_kept * DTYPE_BYTES[stored]
-    yield _NewArray("values", stored, n_values)
-    yield _NewArray(spec.index, "U8", n_index)
+    if spec.values == "shared":
+        yield _NewArray("coefficients", "F64", spec.n_shared * DTYPE_BYTES["F64"])
+    else:
+        stored = STORED_AS[spec.values]
+        n_values = -(-spec.n_kept // 8) if spec.values == "sign" else spec.n_kept * DTYPE_BYTES[stored]
+        yield _NewArray("values", stored, n_values)
+    if spec.index != "all":
+        yield _NewArray(spec.index, "U8", n_index)
     if spec.n_overrides:
         yield _NewArray("override_index", "I64", spec.n_overrides * DTYPE_BYTES["I64"])
         yield _NewArray("override_values", dtype, spec.n_overrides * DTYPE_BYTES[dtype])
@@ -81,6 +92,12 @@ class SparseFileWriter:
         for array, at in places:
             self.write(at + array.n_bytes, np.frombuffer(array.padding, np.uint8))
         return {array.kind: at for array, at in places}
+
+    def settle(self, name: str, n_kept: int, scale: float) -> SparseTensor:
+        """Say what is only known when a tensor without a list of positions is written; give what its header says."""
+        spec = self.tensors[name].model_copy(update={"n_kept": n_kept, "scale": scale})
+        self.tensors[name] = spec
+        return spec
 
     def _note(self, name: str, spec: SparseTensor, dtype: str, n_index: int) -> list[tuple[_NewArray, int]]:
         """Give a tensor its place behind all others, in the header to come too."""
@@ -124,7 +141,7 @@ class SparseFileWriter:
         specs = {name: spec.model_dump(exclude_defaults=True) for name, spec in self.tensors.items()}
         metadata = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": version_of(self.tensors.values()),
             "expert": self.expert,
             "tensors": json.dumps(specs, separators=(",", ":")),
         }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mediator_cli.bundle.checksum import fits_checksum
 from mediator_cli.bundle.digest import file_digest, in_threads, scan_tensors, sparse_digests, unheard
-from mediator_cli.bundle.entries import check_entries
+from mediator_cli.bundle.entries import check_entries, check_shares
 from mediator_cli.bundle.manifest import (
     CONFLICTS,
     MANIFEST,
@@ -18,18 +18,25 @@ from mediator_cli.bundle.manifest import (
     read_manifest,
     read_record,
 )
-from mediator_cli.bundle.sparse_file import open_sparse_file
+from mediator_cli.bundle.sparse_file import SHARED, open_sparse_file
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.header import read_header, read_tensors
 from mediator_cli.errors import MediatorError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mediator_cli.bundle.digest import Scan
-    from mediator_cli.bundle.manifest import FileRecord, Manifest, SparseRecord, TensorRecord, WeightFile
-    from mediator_cli.bundle.sparse_file import SparseFile
+    from mediator_cli.bundle.manifest import (
+        FileRecord,
+        Manifest,
+        SharedRecord,
+        SparseRecord,
+        TensorRecord,
+        WeightFile,
+    )
+    from mediator_cli.bundle.sparse_file import SparseFile, SparseTensor
     from mediator_cli.checkpoint.header import TensorInfo
 
 T = TypeVar("T")
@@ -71,7 +78,7 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = unheard, worker
     problems = [
         *_check_manifest(check),
         *_check_dense(check),
-        *(problem for record in manifest.sparse for problem in _check_expert(check, record)),
+        *_check_experts(check),
         *_check_files(check, manifest.files),
         *_check_router(check),
         *_check_report(check),
@@ -89,7 +96,8 @@ def _check_manifest(check: _Check) -> Iterator[Problem]:
     if not fits_checksum(file.read_bytes().decode(errors="replace"), manifest.checksum):
         yield Problem(str(file), _CHANGED, _HINT)
     dense = {name: record.xxh3 for name, record in manifest.tensors.items()}
-    if bundle_digest(dense, {record.expert: record.tensors for record in manifest.sparse}) != manifest.digest:
+    shared = manifest.shared.tensors if manifest.shared else {}
+    if bundle_digest(dense, {record.expert: record.tensors for record in manifest.sparse}, shared) != manifest.digest:
         yield Problem(f"{file} digest", "does not fit the digests of its tensors", _HINT)
 
 
@@ -175,18 +183,42 @@ def _check_scan(place: str, scan: Scan, expected: str) -> Iterator[Problem]:
         yield Problem(place, _CHANGED, _HINT)
 
 
-def _check_expert(check: _Check, record: SparseRecord) -> Iterator[Problem]:
-    opened, problems = _open_files(check, record.files, open_sparse_file)
-    yield from problems
+def _check_experts(check: _Check) -> Iterator[Problem]:
+    """Check the arrays that experts share, then each expert and that it fits them."""
+    shared: dict[str, SparseTensor] = {}
+    if check.manifest.shared is not None:
+        opened, problems = _open_files(check, check.manifest.shared.files, open_sparse_file)
+        shared = {name: spec for sparse in opened.values() for name, spec in sparse.tensors.items()}
+        yield from problems
+        yield from _check_expert(check, SHARED, check.manifest.shared, opened, {})
+    for record in check.manifest.sparse:
+        opened, problems = _open_files(check, record.files, open_sparse_file)
+        yield from problems
+        yield from _check_expert(check, record.expert, record, opened, shared)
+
+
+def _check_expert(
+    check: _Check,
+    expert: str,
+    record: SparseRecord | SharedRecord,
+    opened: Mapping[str, SparseFile],
+    shared: Mapping[str, SparseTensor],
+) -> Iterator[Problem]:
     found = dict.fromkeys(name for sparse in opened.values() for name in sparse.tensors)
     is_complete = len(opened) == len(record.files)
-    yield from _compare_names(f"{check.folder} {record.expert}", record.tensors, found, is_complete)
+    yield from _compare_names(f"{check.folder} {expert or 'shared'}", record.tensors, found, is_complete)
     for file in record.files:
         if file.name in opened:
-            yield from _check_sparse_file(check, record, file, opened[file.name])
+            yield from _check_sparse_file(check, record, file, opened[file.name], shared)
 
 
-def _check_sparse_file(check: _Check, record: SparseRecord, file: WeightFile, sparse: SparseFile) -> Iterator[Problem]:
+def _check_sparse_file(
+    check: _Check,
+    record: SparseRecord | SharedRecord,
+    file: WeightFile,
+    sparse: SparseFile,
+    shared: Mapping[str, SparseTensor],
+) -> Iterator[Problem]:
     try:
         scans = scan_tensors(list(sparse.arrays.values()), check.workers, check.advance)
         arrays = {name: scan.digest for name, scan in zip(sparse.arrays, scans, strict=True)}
@@ -200,17 +232,19 @@ def _check_sparse_file(check: _Check, record: SparseRecord, file: WeightFile, sp
         yield Problem(str(sparse.file), _CHANGED, _HINT)
     broken = [name for name, scan in zip(sparse.arrays, scans, strict=True) if not scan.is_finite]
     yield from (Problem(f"{sparse.file}: {name}", _NOT_FINITE, _HINT) for name in broken)
-    yield from _check_entries(check, sparse)
+    yield from _check_entries(check, sparse, shared)
 
 
-def _check_entries(check: _Check, sparse: SparseFile) -> Iterator[Problem]:
+def _check_entries(check: _Check, sparse: SparseFile, shared: Mapping[str, SparseTensor]) -> Iterator[Problem]:
     dense = check.manifest.tensors
 
     def one(name: str) -> tuple[Problem, ...]:
-        if name not in dense or dense[name].shape != sparse.tensors[name].shape:
+        shape = sparse.tensors[name].shape
+        if name not in dense or dense[name].shape != (shape[1:] if sparse.expert == SHARED else shape):
             return (Problem(f"{sparse.file}: {name}", "fits no dense tensor", _HINT),)
         try:
             check_entries(sparse, name)
+            check_shares(sparse, name, shared)
         except MediatorError as error:
             return error.problems
         return ()

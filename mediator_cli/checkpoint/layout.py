@@ -83,15 +83,34 @@ def _stack_and_number(layer: str) -> tuple[str, int]:
     return stack, int(number)
 
 
-def missing_layers(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """Say what is wrong when the layers found are not the layers that the config counts.
+def stacks_of(names: Iterable[str]) -> dict[str, list[int]]:
+    """List the numbers of the layers of each stack, without modules of sequences, which may have gaps.
 
-    Of a model with several stacks, those of its text are counted: encoder and decoder, or the language part.
+    >>> stacks_of(["model.layers.0.mlp.w", "model.layers.1.mlp.w", "conv.0.weight"])
+    {'model.layers': [0, 1]}
     """
     stacks: dict[str, list[int]] = {}
     for layer in layers_of(name for name in names if not _is_of_sequence(name)):
         stack, number = _stack_and_number(layer)
         stacks.setdefault(stack, []).append(number)
+    return stacks
+
+
+def layer_counts(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Give the number of layers of each stack of a model's text, as its config counts them.
+
+    >>> layer_counts({"text_config": {"n_layer": 2}}), layer_counts({})
+    ((2,), ())
+    """
+    return tuple(counts[0] for counts in _layer_counts(config))
+
+
+def missing_layers(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Say what is wrong when the layers found are not the layers that the config counts.
+
+    Of a model with several stacks, those of its text are counted: encoder and decoder, or the language part.
+    """
+    stacks = stacks_of(names)
     for stack, numbers in stacks.items():
         if gaps := sorted(set(range(max(numbers) + 1)) - set(numbers)):
             return f"layer {stack}.{gaps[0]} is missing"

@@ -180,6 +180,9 @@ class MappedReader:
         return is_whole
 
     def _mean(self, parts: tuple[Part, ...], offset: int, out: Floats) -> bool:
+        if not parts:
+            out[:] = 0
+            return True
         if len(parts) == 1:
             return self._part(parts[0], offset, out)
         # The mean of several is taken in float64, so that their order hardly matters.

@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`size` elements: those of one part, or the mean of several."""
+    """`size` elements: those of one part, the mean of several, or zeros where there is none."""
 
     size: int
     parts: tuple[Part, ...]

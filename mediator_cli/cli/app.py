@@ -21,10 +21,12 @@ from mediator_cli.cli.ablate import ablate
 from mediator_cli.cli.analyze_conflicts import analyze_conflicts
 from mediator_cli.cli.chat import chat
 from mediator_cli.cli.evaluate import evaluate
+from mediator_cli.cli.extract_lora import extract_lora
 from mediator_cli.cli.fit_router import fit_router
 from mediator_cli.cli.generate import generate
 from mediator_cli.cli.init import init
 from mediator_cli.cli.inspect import inspect
+from mediator_cli.cli.kinship import kinship
 from mediator_cli.cli.merge import merge
 from mediator_cli.cli.methods import methods
 from mediator_cli.cli.plan import plan
@@ -68,7 +70,9 @@ for command in (
     validate,
     plan,
     analyze_conflicts,
+    kinship,
     merge,
+    extract_lora,
     inspect,
     verify,
     fit_router,

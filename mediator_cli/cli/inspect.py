@@ -14,6 +14,7 @@ from mediator_cli.recipe.sizes import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mediator_cli.bundle.manifest import Manifest
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.hub.repo import HubRepo
 
@@ -114,8 +115,23 @@ def _shape(shape: list[int]) -> str:
     return " × ".join(str(side) for side in shape) or "()"
 
 
+def _stored_as(manifest: Manifest) -> str:
+    """Tell how experts are stored that are not sparse, what they share, and what they have of their own."""
+    extract = manifest.extract
+    own = sum(file.bytes for record in manifest.sparse for file in record.files)
+    text = f"{human_bytes(own)} of their own"
+    if extract is not None:
+        named = {"scale": extract.scale, "mask_lambda": extract.mask_lambda, "directions": extract.directions}
+        given = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+        text = f"mode {extract.mode}{f' ({given})' if given else ''}, {text}"
+    if manifest.shared is None:
+        return text
+    stored = f" as {extract.values}" if extract is not None else ""
+    return f"{text}, {human_bytes(sum(file.bytes for file in manifest.shared.files))} shared by the experts{stored}"
+
+
 def _print_bundle(folder: Path, url: str | None) -> None:
-    from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.bundle.manifest import SCHEMA_VERSION, read_manifest
     from mediator_cli.cli.merge import print_bundle, shown_folder
 
     manifest = read_manifest(folder)
@@ -123,6 +139,8 @@ def _print_bundle(folder: Path, url: str | None) -> None:
     for method in manifest.methods:
         parameters = ", ".join(f"{name}={value}" for name, value in method.parameters.items())
         say(f"method        {method.method}({parameters}) on {method.n_tensors} tensors")
+    if manifest.extract is not None and manifest.schema_version != SCHEMA_VERSION:
+        say(f"experts       {_stored_as(manifest)}")
     sources = [manifest.base, *manifest.experts]
     rows = [
         (

@@ -72,16 +72,20 @@ def merge(
     from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
+    from mediator_cli.pipeline.documents import load_last
     from mediator_cli.pipeline.download import plan_with_unseen
     from mediator_cli.pipeline.upload import output_url
-    from mediator_cli.recipe.load import load_partly
 
     _check_executor(executor, address, ray_workers)
     place, patience = _place() if executor == "rank" else (None, 0.0)
-    with shown_progress(quiet) as progress:
-        made = plan_with_unseen(load_partly(recipe, changes or ()), Access(offline), progress)
-    url = _check_url(output_url(made, output), executor, offline=offline)
     told = Told(quiet)
+    with shown_progress(quiet) as progress:
+        run = settings(memory, workers, overwrite=overwrite, resume=resume, progress=progress, notify=told.tell)
+        loaded = load_last(recipe, changes or (), output, Access(offline), run, alone=executor == "local")
+        made = plan_with_unseen(loaded, Access(offline), progress)
+    if made.modules and executor != "local":
+        raise OutputError(Problem("--executor", "adapters are small: one process merges them", "leave it out"))
+    url = _check_url(output_url(made, output), executor, offline=offline)
     told.tell(*made.notices)
     if made.router is not None:
         quiet_transformers()
@@ -94,6 +98,9 @@ def merge(
             folder = _here(made, output, conflicts, run, place, patience)
     if place is not None and place.rank:
         _print_part(folder, place, as_json=as_json, quiet=quiet)
+        return
+    if made.modules:
+        _print_adapter(folder, time.monotonic() - started, as_json=as_json, quiet=quiet)
         return
     manifest = read_manifest(folder)
     told.tell(*manifest.notices)
@@ -172,6 +179,16 @@ def _on_ray(
     return folder
 
 
+def _print_adapter(folder: Path, seconds: float, *, as_json: bool, quiet: bool) -> None:
+    from mediator_cli.cli.adapters import adapter_summary, print_adapter
+
+    summary = adapter_summary(folder, seconds)
+    if as_json:
+        print_json(summary)
+    elif not quiet:
+        print_adapter(shown_folder(folder), summary)
+
+
 def _print_part(folder: Path, place: Place, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"bundle": str(folder), "rank": place.rank, "world": place.world})
@@ -221,6 +238,8 @@ def print_bundle(place: str, manifest: Manifest) -> None:
     say(f"bundle        {place}")
     say(f"units         {len(manifest.assignment) - n_routed} averaged, {n_routed} routed")
     say(f"size          {human_bytes(total)} = {human_bytes(sizes.dense)} dense + {human_bytes(sizes.sparse)} sparse")
+    if not manifest.experts:
+        return
     say(
         f"against       {human_bytes(sizes.full_models)} for {len(manifest.experts)} full models "
         f"({total / max(1, sizes.full_models):.0%} of that)"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect as python_inspect
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,74 +10,62 @@ from mediator_cli.cli.options import JsonOption
 from mediator_cli.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from mediator_cli.methods.registry import Method
+    from collections.abc import Sequence
+
+    from mediator_cli.cli.method_pages import MethodPage
 
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in detail.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the merge methods, or explain one: formula, parameters, presets, reference."""
+    """List the merge methods, or explain one: formula, parameters, when it is apt, an example recipe, reference."""
+    from mediator_cli.cli.method_pages import page_of
     from mediator_cli.errors import MediatorError, Problem
     from mediator_cli.methods.registry import get_method
     from mediator_cli.methods.registry import methods as all_methods
 
     if name is None:
-        _list(all_methods(), as_json)
+        pages = [page_of(method) for method in all_methods().values()]
+        _list(pages) if not as_json else print_json([page.as_json() for page in pages])
         return
     try:
-        method = get_method(name)
+        page = page_of(get_method(name))
     except KeyError as error:
         raise MediatorError(Problem("", f"unknown merge method '{name}'", str(error.args[0]))) from None
-    if as_json:
-        print_json(describe(method))
-    else:
-        _explain(method)
+    print_json(page.as_json()) if as_json else _explain(page)
 
 
-def describe(method: Method) -> dict[str, Any]:
-    """Gather all that is known of a method."""
-    return {
-        "name": method.name,
-        "summary": method.summary,
-        "reference": method.reference,
-        "space": method.space,
-        "scope": method.scope,
-        "random": method.random,
-        "statistics": [statistic.name for statistic in method.statistics],
-        "presets": {name: dict(values) for name, values in method.presets.items()},
-        "parameters": method.schema.model_json_schema().get("properties", {}),
-        "text": python_inspect.getdoc(method.function),
-    }
+def _list(pages: Sequence[MethodPage]) -> None:
+    from mediator_cli.cli.method_pages import cost_in_words
+
+    rows = [
+        (page.name, page.summary, page.needs, page.scope, cost_in_words(page), short_reference(page.reference))
+        for page in pages
+    ]
+    print_table(("method", "what it does", "needs", "scope", "cost", "reference"), rows)
+    say(f"{len(pages)} methods. Next: mediator methods NAME")
 
 
-def _list(known: dict[str, Method], as_json: bool) -> None:
-    if as_json:
-        print_json([describe(method) for method in known.values()])
-        return
-    rows = [(m.name, m.summary, m.space, ", ".join(m.presets), m.reference) for m in known.values()]
-    print_table(("method", "what it does", "works on", "presets", "reference"), rows)
-    say("Next: mediator methods NAME")
+def short_reference(url: str) -> str:
+    """Write where a method comes from in few letters.
+
+    >>> short_reference("https://arxiv.org/abs/2306.01708"), short_reference("https://doi.org/10.1145/325165.325242")
+    ('arXiv 2306.01708', 'doi 10.1145/325165.325242')
+    """
+    for prefix, word in (("https://arxiv.org/abs/", "arXiv "), ("https://doi.org/", "doi ")):
+        url = url.replace(prefix, word)
+    return url.removeprefix("https://")
 
 
-def _explain(method: Method) -> None:
-    text = (python_inspect.getdoc(method.function) or "").split(">>>")[0].strip()
-    say(f"{method.name}\n\n{text}\n")
-    rows = [(name, *parameter_cells(facts)) for name, facts in describe(method)["parameters"].items()]
-    print_table(("parameter", "values", "default", "meaning"), rows)
-    for preset, values in method.presets.items():
+def _explain(page: MethodPage) -> None:
+    say(f"{page.name}: {page.summary}\n")
+    for head, text in page.sections:
+        say(f"{head + ': ' if head else ''}{text}\n")
+    if page.parameters:
+        rows = [(each.name, each.values, each.default, each.meaning) for each in page.parameters]
+        print_table(("parameter", "values", "default", "meaning"), rows)
+    for preset, values in page.presets.items():
         say(f"preset {preset}: " + (", ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"))
-    fewest, most = method.n_inputs
-    say(f"experts: {fewest if fewest == most else f'{fewest} or more'} · works on {method.space}s · {method.reference}")
-
-
-def parameter_cells(facts: dict[str, Any]) -> tuple[str, str, str]:
-    """Write values, default and meaning of one parameter of a method."""
-    if "enum" in facts:
-        values = " | ".join(str(value) for value in facts["enum"])
-    else:
-        low = facts.get("minimum", facts.get("exclusiveMinimum"))
-        high = facts.get("maximum", facts.get("exclusiveMaximum"))
-        open_low = "(" if "exclusiveMinimum" in facts else "["
-        values = facts["type"] if low is None and high is None else f"{facts['type']} in {open_low}{low}, {high}]"
-    return values, str(facts.get("default", "required")), facts.get("description", "")
+    say(f"needs {page.needs} · works on {page.works_on} · scope {page.scope} · {page.reference}\n")
+    say(f"An example:\n\n{page.example}")

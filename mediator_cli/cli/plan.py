@@ -13,6 +13,8 @@ from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from mediator_cli.pipeline.estimate import PlanReport
+    from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.plan.model import Plan
 
 _SHOWN, _LONG = 0.05, 100.0
 """Seconds below which a stage is not told of, and above which tenths are not."""
@@ -46,6 +48,9 @@ def plan(
 
     made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     run = settings(memory, workers)
+    if made.modules:
+        _plan_adapter(made, output, run, recipe, as_json=as_json)
+        return
     if calibrate is False:
         report = describe_plan(made, output, run)
     else:
@@ -58,6 +63,19 @@ def plan(
         return
     print_notices(report.notices)
     _print(report)
+    say(f"Next: mediator merge {recipe}")
+
+
+def _plan_adapter(made: Plan, output: Path | None, run: Settings, recipe: Path, *, as_json: bool) -> None:
+    from mediator_cli.cli.adapters import print_adapter_plan
+    from mediator_cli.pipeline.adapter_plan import describe_adapter_plan
+
+    report = describe_adapter_plan(made, output, run)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    print_notices(report.notices)
+    print_adapter_plan(report)
     say(f"Next: mediator merge {recipe}")
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from mediator_cli.checkpoint.source import weight_files
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -32,7 +34,9 @@ def model_key(plan: Plan, model: Model) -> str:
 def conflict_key(plan: Plan) -> str:
     """Name the conflict report of a plan by experts, denoising and sources."""
     names = [expert.name for expert in plan.experts]
-    return _digest([names, plan.loaded.recipe.conflict.model_dump_json(), _files(plan)])
+    recipe = plan.loaded.recipe
+    align = recipe.align and [recipe.align.model_dump_json(), recipe.seed]
+    return _digest([names, recipe.conflict.model_dump_json(), align, _files(plan)])
 
 
 def _digest(data: Any) -> str:  # noqa: ANN401 - any JSON
@@ -41,10 +45,14 @@ def _digest(data: Any) -> str:  # noqa: ANN401 - any JSON
 
 def _files(plan: Plan) -> list[tuple[str, int, int]]:
     """List names, sizes and times of all source files."""
-    return [fact for folder in (plan.base.path, *(e.source.path for e in plan.experts)) for fact in _facts(folder)]
+    folders = (plan.base.path, *(e.source.path for e in plan.experts))
+    beside = [file for e in plan.experts if e.moments for file in weight_files(e.moments.tensors)]
+    return [_facts(file) for file in (*(file for folder in folders for file in _read_from(folder)), *beside)]
 
 
-def _facts(folder: Path) -> Iterator[tuple[str, int, int]]:
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _READ and file.is_file():
-            yield file.name, file.stat().st_size, file.stat().st_mtime_ns
+def _read_from(folder: Path) -> Iterator[Path]:
+    yield from (file for file in sorted(folder.iterdir()) if file.suffix in _READ and file.is_file())
+
+
+def _facts(file: Path) -> tuple[str, int, int]:
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns

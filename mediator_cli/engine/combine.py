@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
-from mediator_cli.checkpoint.read import STORED_DTYPES, read_slab
+from mediator_cli.checkpoint.read import STORED_DTYPES, LocalHandle, read_slab
 from mediator_cli.checkpoint.write import write_at
-from mediator_cli.engine.statistics import in_rows
-from mediator_cli.engine.streams import not_finite
+from mediator_cli.engine.matrices import as_seen, as_stored
+from mediator_cli.engine.statistics import of_piece
+from mediator_cli.engine.streams import not_finite, pieces
 from mediator_cli.kernels.arrays import bytes_of
 from mediator_cli.kernels.floats import is_finite, narrow_bf16, narrow_f16
-from mediator_cli.stages.average import average_slab
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -57,6 +57,16 @@ def write_dense(
     write_at(target.descriptor, target.file, bytes_of(data), info.start + piece.start * data.itemsize)
 
 
+def digest_passed_over(target: Target, tensors: Sequence[TensorPlan], slab: int) -> None:
+    """Take the digests of written tensors whose parts were no whole blocks, as matrices of a 3-D tensor may be."""
+    known = target.digests.of(target.file)
+    infos = [target.infos[tensor.name] for tensor in tensors if tensor.size and tensor.name not in known]
+    handles = {target.file: LocalHandle(target.descriptor)}
+    for info in infos:
+        for piece in pieces(info.name, info.size, slab):
+            target.digests.note(info, piece.start, read_slab(handles, info, piece.start, piece.stop))
+
+
 def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     method = tensor.plan.average
     if tensor.plan.dtype not in FLOAT_DTYPES:
@@ -65,10 +75,14 @@ def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[st
         base = np.empty(piece.size, np.float32)
         streams.base.read_into(piece.tensor, piece.start, piece.stop, base)
         return narrow(base, tensor.plan.dtype)[0]
-    inputs = streams.inputs(piece, method.method.space)
-    uniforms = streams.uniforms(piece) if method.method.random else None
-    statistics = {**found, **in_rows(streams, tensor.plan, piece)}
-    merged = average_slab(method, inputs.rows, inputs.base, streams.weights[piece.tensor], statistics, uniforms)
+    inputs = streams.inputs(piece, method.space)
+    uniforms = as_seen(tensor.plan, streams.uniforms(piece)) if method.method.random else None
+    statistics = of_piece(streams, tensor.plan, piece, found)
+    seen = as_seen(tensor.plan, inputs.rows)
+    beside = None if inputs.base is None else as_seen(tensor.plan, inputs.base[None])[0]
+    answer = method(seen, streams.weights[piece.tensor], statistics, uniforms, beside)
+    merged = as_stored(tensor.plan, answer)
+    merged = merged if inputs.base is None else inputs.base + merged
     stored, is_whole = narrow(merged, tensor.plan.dtype)
     if not is_whole:
         raise not_finite(_too_large(merged, tensor.plan.dtype), f"the merged tensor in {tensor.plan.dtype}", piece)

@@ -53,7 +53,7 @@ def _check_replaceable(target: Path, *, replaces: bool) -> None:
     if not target.is_dir() or target.is_symlink():
         raise OutputError(Problem(str(target), "exists and is not a folder", "choose another output"))
     is_empty = not any(target.iterdir())
-    is_bundle = (target / "routing_manifest.json").is_file()
+    is_bundle = any((target / name).is_file() for name in ("routing_manifest.json", "adapter_manifest.json"))
     if is_empty or (replaces and is_bundle):
         return
     if replaces:

@@ -33,6 +33,8 @@ _EXACT, _SHARED = 1 << 18, 1 << 16
 """Counters of a bracket: at most so many if each float32 has its own, and so many if neighbours share them."""
 _SAMPLE, _RUN = 1 << 17, 1 << 12
 """Entries of a sample, and of each run of neighbours in it."""
+_WHOLE_SLABS = 8
+"""Slabs of a sample, where they are whole matrices."""
 _SIGMAS = 3.0
 
 
@@ -47,17 +49,33 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A stream whose rows are ranked: its slabs, and what of each slab; rows are [n, m]."""
+    """A stream whose rows are ranked: its slabs, and what of each slab; rows are [n, m].
+
+    If `signed`, these are twice as many as `of` gives: its positive values, and behind them its negative ones turned.
+    Where slabs may not be cut further, as whole matrices, `of` may give any number of entries of each: `n_entries` of
+    all together.
+    """
 
     source: Source
     parts: Sequence[Piece]
     of: Callable[[Piece, Inputs], Floats]
     n_rows: int
+    n_entries: int | None = None
+    signed: bool = False
 
     @property
     def size(self) -> int:
         """Entries in each row."""
-        return sum(piece.size for piece in self.parts)
+        return sum(piece.size for piece in self.parts) if self.n_entries is None else self.n_entries
+
+    def row(self, rows: Floats, at: int) -> Floats:
+        """Give one of the rows that are ranked, of what `of` gave for a slab."""
+        return _of_one_sign(rows, at) if self.signed else rows[at]
+
+    def rows(self, piece: Piece, inputs: Inputs) -> Floats:
+        """Give all rows of a slab [n, m]."""
+        rows = self.of(piece, inputs)
+        return np.stack([self.row(rows, at) for at in range(self.n_rows)]) if self.signed else rows
 
 
 @dataclass(frozen=True)
@@ -84,10 +102,10 @@ class _Bracket:
 
 def select(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[Threshold]]]:
     """Find the k-th largest magnitudes, k by row and rank [n][r]; a k beyond the stream gives 0, k = 0 infinity."""
-    sample = yield from _sample(stream)
+    sample = yield from (_sample(stream) if stream.n_entries is None else _some_whole(stream))
     found: dict[tuple[int, int], Threshold] = {}
     open_brackets: dict[tuple[int, int], _Bracket] = {}
-    is_whole = sample.shape[1] == stream.size
+    is_whole = stream.n_entries is None and sample.shape[1] == stream.size
     for row, ks in enumerate(ranks):
         ordered = np.sort(np.abs(sample[row]).view(np.uint32))[::-1]
         for at, k in enumerate(ks):
@@ -108,6 +126,30 @@ def select(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[T
     return [[found[row, at] for at in range(len(ks))] for row, ks in enumerate(ranks)]
 
 
+def select_signed(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[Threshold]]]:
+    """Find the k-th largest values, of both signs, as `select` finds magnitudes; k from 1 to the stream's size."""
+    n, size = stream.n_rows, stream.size
+    # The k-th largest is positive among what is left of the values, or negative and the (size + 1 - k)-th of the rest.
+    turned = [[size + 1 - k for k in ks] for ks in ranks]
+    found = yield from select(replace(stream, n_rows=2 * n, signed=True), [*ranks, *turned])
+    pairs = zip(found[:n], found[n:], strict=True)
+    return [[_signed(up, down, size) for up, down in zip(*rows, strict=True)] for rows in pairs]
+
+
+def _of_one_sign(rows: Floats, at: int) -> Floats:
+    """Give a row of [n, m] without what is negative, or behind these turned without what is positive; [m]."""
+    row: Floats = rows[at] if at < len(rows) else -rows[at - len(rows)]
+    return np.maximum(row, np.float32(0))
+
+
+def _signed(up: Threshold, down: Threshold, size: int) -> Threshold:
+    if up.value > 0:
+        return up
+    if down.value > 0:
+        return Threshold(-down.value, size - down.n_above - down.n_equal, down.n_equal)
+    return Threshold(0.0, up.n_above, size - up.n_above - down.n_above)
+
+
 def _sample(stream: Ranked) -> Search[Floats]:
     """Read runs of neighbours, evenly spread; all of a stream that is no larger. Gives [n, entries]."""
     parts = stream.parts if stream.size <= _SAMPLE else _runs(stream.parts, stream.size)
@@ -119,10 +161,29 @@ def _sample(stream: Ranked) -> Search[Floats]:
     sample = np.zeros((stream.n_rows, filled), np.float32)
 
     def look(piece: Piece, inputs: Inputs) -> None:
-        sample[:, places[piece] : places[piece] + piece.size] = stream.of(piece, inputs)
+        sample[:, places[piece] : places[piece] + piece.size] = stream.rows(piece, inputs)
 
     ((total,),) = yield [Sweep(stream.source, parts, look, lambda: [sample], quick=True)]
     return total
+
+
+def _some_whole(stream: Ranked) -> Search[Floats]:
+    """Look at some slabs, evenly spread, and take evenly spread entries of what they give; [n, entries]."""
+    step = -(-len(stream.parts) // _WHOLE_SLABS)
+    chosen = stream.parts[step // 2 :: step]
+    each = _SAMPLE // len(chosen)
+    sample = np.zeros((len(chosen), stream.n_rows, each), np.float32)
+    counts = np.zeros(len(chosen), np.int64)
+    places = {piece: at for at, piece in enumerate(chosen)}
+
+    def look(piece: Piece, inputs: Inputs) -> None:
+        rows = stream.rows(piece, inputs)
+        some = rows[:, :: max(1, -(-rows.shape[1] // each))]
+        counts[places[piece]] = some.shape[1]
+        sample[places[piece], :, : some.shape[1]] = some
+
+    ((rows, lengths),) = yield [Sweep(stream.source, chosen, look, lambda: [sample, counts], quick=True)]
+    return np.concatenate([row[:, :length] for row, length in zip(rows, lengths.tolist(), strict=True)], axis=1)
 
 
 def _runs(parts: Sequence[Piece], size: int) -> list[Piece]:
@@ -168,9 +229,10 @@ def _counting(stream: Ranked, brackets: Sequence[_Bracket]) -> Sweep:
 
     def look(piece: Piece, inputs: Inputs) -> None:
         rows = stream.of(piece, inputs)
-        gathered = np.empty(piece.size, np.uint32)
+        gathered = np.empty(rows.shape[1], np.uint32)
         for at, bracket in enumerate(brackets):
-            n_above, n_found = gather_inside(rows[bracket.row], bracket.low, bracket.high - bracket.low, gathered)
+            row = stream.row(rows, bracket.row)
+            n_above, n_found = gather_inside(row, bracket.low, bracket.high - bracket.low, gathered)
             with locks[at]:
                 above[at] += n_above
                 if bracket.shift:

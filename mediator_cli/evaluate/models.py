@@ -151,7 +151,9 @@ def _list(experts: Sequence[str]) -> str:
 def _beside_dense(manifest: Manifest, part: str) -> int:
     """Count the bytes that a part needs beside the dense expert."""
     used = [record for record in manifest.sparse if part in (ROUTED, ORACLE, record.expert)]
-    sparse = sum(file.bytes for record in used for file in record.files)
+    shared = [manifest.shared] if used and manifest.shared is not None else []
+    files = [file for record in used for file in record.files] + [file for record in shared for file in record.files]
+    sparse = sum(file.bytes for file in files)
     router = manifest.router.file.bytes if manifest.router is not None and part == ROUTED else 0
     return sparse + router
 

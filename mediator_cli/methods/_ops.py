@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mediator_cli.kernels.arrays import Doubles, Flags, Floats
 from mediator_cli.methods import _kernels
-from mediator_cli.methods.registry import Over, Params, Slab
+from mediator_cli.methods.statistics import Over, Params, Slab
 
 Lambda = Annotated[float, Field(allow_inf_nan=False, description="Factor on the merged delta.")]
 Normalize = Annotated[bool, Field(description="Divide by the sum of the weights.")]
@@ -35,6 +35,9 @@ Rescale = Annotated[
     Literal["expected", "l1", "none"],
     Field(description="expected: divide by density. l1: restore the L1 norm (mergekit). none."),
 ]
+TrimRescale = Annotated[
+    Literal["l1", "none"], Field(description="l1: restore each tensor's L1 norm after trimming (mergekit). none.")
+]
 _MERGES = {"mean": _kernels.MEAN, "sum": _kernels.SUM, "max": _kernels.MAX}
 
 
@@ -55,10 +58,13 @@ def total_weight(weights: Doubles) -> float:
     return float(sum(weights.tolist()))
 
 
-def kth_magnitudes(tensors: Floats, k: int) -> Floats:
-    """Find the k-th largest magnitude in each row [n, m]; inf for k = 0, 0 when k reaches the row's length."""
+def kth_magnitudes(tensors: Floats, k: int, smallest: bool = False) -> Floats:
+    """Find the k-th largest magnitude in each row [n, m]; inf for k = 0, 0 when k reaches the row's length.
+
+    If `smallest`, a k that reaches it gives the smallest magnitude, and only one beyond 0.
+    """
     n, size = tensors.shape
-    if k <= 0 or k >= size:
+    if k <= 0 or k >= size + smallest:
         return np.full(n, np.inf if k <= 0 else 0, np.float32)
     return np.partition(np.abs(tensors), size - k, axis=1)[:, size - k]
 
@@ -158,15 +164,33 @@ def drop_and_rescale(
     """Drop at random, then restore the scale: by 1/chance (DARE), by the ratio of L1 norms (mergekit), or not."""
     factors = np.ones(len(deltas), np.float32)
     if rescale == "l1":
-        before, after = _norms(deltas, drop(deltas, uniforms, chances)) if l1 is None else l1
-        factors = floats(np.divide(before, after, out=np.ones_like(before), where=after > 0))
+        factors = _ratios(norms_of(deltas, drop(deltas, uniforms, chances)) if l1 is None else l1)
     return _drop(deltas, uniforms, chances, factors, rescale == "expected")
 
 
-def _norms(deltas: Floats, kept: Floats) -> Doubles:
+def _ratios(norms: Doubles) -> Floats:
+    before, after = norms
+    return floats(np.divide(before, after, out=np.ones_like(before), where=after > 0))
+
+
+def restored(deltas: Floats, kept: Floats, rescale: str, l1: Doubles | None) -> Floats:
+    """Scale what trimming kept of deltas [n, m] to their L1 norms [2, n], before and after, if asked for."""
+    if rescale != "l1":
+        return kept
+    scaled: Floats = kept * _ratios(norms_of(deltas, kept) if l1 is None else l1)[:, None]
+    return scaled
+
+
+def trimmed(deltas: Floats, thresholds: Floats) -> Floats:
+    """Set entries of deltas [n, m] below their row's threshold [n] to zero."""
+    return keep_marked(deltas, np.abs(deltas) >= thresholds[:, None])
+
+
+def norms_of(deltas: Floats, kept: Floats) -> Doubles:
+    """Sum magnitudes of deltas [n, m] and of what is kept of them; float64 [2, n]."""
     norms = np.empty((2, len(deltas)), np.float64)
     _kernels.magnitude_sums(floats(deltas), norms[0])
-    _kernels.magnitude_sums(kept, norms[1])
+    _kernels.magnitude_sums(floats(kept), norms[1])
     return norms
 
 
@@ -192,12 +216,22 @@ def chances_of(slab: Slab) -> float | Floats:
 
 def l1_block(slab: Slab) -> Doubles:
     """Sum |delta| and |kept delta| of one block; float64 [2, n]."""
-    return _norms(slab.inputs, drop(slab.inputs, uniforms_of(slab), chances_of(slab)))
+    return norms_of(slab.inputs, drop(slab.inputs, uniforms_of(slab), chances_of(slab)))
 
 
 def two_norms(n: int) -> tuple[int, ...]:
     """Give the shape of the norms of n deltas before and after dropping."""
     return 2, n
+
+
+def constant_chances(rows: Floats, params: Params) -> Floats:
+    """Give all entries of rows [n, rows, length] the same chance to stay, where experts differ in it."""
+    return np.full(rows.shape, params["density"], np.float32)
+
+
+def only_where_own(params: Params) -> bool:
+    """Say that something is needed only where experts differ in a parameter."""
+    return False
 
 
 def needs_l1(params: Params) -> bool:

@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from mediator_cli.errors import Problem
-from mediator_cli.kernels.arrays import Flags, Floats
+from mediator_cli.kernels.arrays import Doubles, Flags, Floats
 from mediator_cli.methods import _kernels
-from mediator_cli.methods._ops import floats, keep_marked, kth_magnitudes
-from mediator_cli.methods.registry import Params
+from mediator_cli.methods._ops import floats, keep_marked, kth_magnitudes, norms_of
+from mediator_cli.methods.statistics import Params, Slab
 
 MiddleDensity = Annotated[float, Field(gt=0, le=1, description="Share of entries that stay.")]
 Gamma = Annotated[float, Field(ge=0, lt=1, description="Share of the largest entries to drop.")]
@@ -68,6 +68,12 @@ def is_over_tensor(params: Params) -> bool:
     return bool(params["over"] == "tensor")
 
 
+def middle_l1(slab: Slab) -> Doubles:
+    """Sum |delta| and what stays of it, of one block; float64 [2, n]."""
+    found = (slab.statistics.get(name) for name in ("lower", "upper", "middle"))
+    return norms_of(slab.inputs, keep_middle(slab.inputs, slab.params, *found))
+
+
 def middle_of_rows(rows: Floats, params: Params) -> Flags:
     """Mark the entries of rows [n, rows, length] that stay; those equal to a limit of their row all do."""
     sizes = np.abs(rows)
@@ -110,6 +116,8 @@ def rank_chances(rows: Floats, params: Params) -> Floats:
     entry alone in its row has the chance `density`.
     """
     density, epsilon, length = params["density"], params["epsilon"], rows.shape[-1]
+    if density >= 1:
+        return np.ones(rows.shape, np.float32)
     steps = np.linspace(density - epsilon, density + epsilon, length) if length > 1 else np.full(length, density)
     chances = np.empty(rows.shape, np.float32)
     for expert, found in zip(rows, chances, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mediator_cli.kernels.arrays import Doubles, Flags, Floats
-from mediator_cli.methods._ops import Lambda, Merge, elect
+from mediator_cli.methods._ops import Lambda, Merge, TrimRescale, elect, needs_l1, restored, two_norms
 from mediator_cli.methods._ranks import (
     Gamma,
     MiddleDensity,
@@ -13,10 +13,12 @@ from mediator_cli.methods._ranks import (
     is_over_tensor,
     keep_middle,
     lower_rank,
+    middle_l1,
     middle_of_rows,
     upper_rank,
 )
-from mediator_cli.methods.registry import PerRow, Select, merge_method, over_tensor
+from mediator_cli.methods.registry import merge_method
+from mediator_cli.methods.statistics import PerRow, Select, Sum, over_tensor
 
 
 @merge_method(
@@ -25,8 +27,10 @@ from mediator_cli.methods.registry import PerRow, Select, merge_method, over_ten
     statistics=(
         Select("lower", lower_rank, over_tensor, is_over_tensor),
         Select("upper", upper_rank, over_tensor, is_over_tensor),
+        Sum("l1", middle_l1, over_tensor, needs_l1, two_norms),
     ),
     rows=(PerRow("middle", middle_of_rows, is_over_rows),),
+    per_expert=("density", "gamma"),
     presets={"mergekit": {"density": 1.0}},
 )
 def breadcrumbs_ties(
@@ -39,14 +43,21 @@ def breadcrumbs_ties(
     merge: Merge = "sum",
     over: MiddleOver = "tensor",
     keep: MiddleKeep = "exact",
+    rescale: TrimRescale = "none",
     lower: Floats | None = None,
     upper: Floats | None = None,
     middle: Flags | None = None,
+    l1: Doubles | None = None,
 ) -> Floats:
     """Drop each expert's largest and smallest changes, elect signs, sum what agrees with them.
 
-    `breadcrumbs` with the last two steps of `ties`, as mergekit has it; a tie of signs counts as plus. There is no
-    paper of the combination: defaults are mergekit's but for the density, of which it keeps all.
+    `breadcrumbs` with the last two steps of `ties`, as mergekit has it; a tie of signs counts as plus.
+
+    Apt when experts have extreme changes and also disagree in sign.
+
+    Not apt when there is one expert: there are no signs to elect then.
+
+    Elsewhere: there is no paper of the combination; defaults are mergekit's but for the density, of which it keeps all.
 
     >>> import numpy as np
     >>> deltas = np.array([[9, 3, -2, 1], [1, -2, -3, 9]], np.float32)
@@ -54,5 +65,5 @@ def breadcrumbs_ties(
     [0.0, 3.0, -5.0, 0.0]
     """
     choices = {"density": density, "gamma": gamma, "over": over, "keep": keep}
-    kept = keep_middle(deltas, choices, lower, upper, middle)
+    kept = restored(deltas, keep_middle(deltas, choices, lower, upper, middle), rescale, l1)
     return elect(kept, None, weights, weights, merge=merge, factor=lambda_)

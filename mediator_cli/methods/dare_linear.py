@@ -8,14 +8,17 @@ from mediator_cli.methods._ops import (
     Lambda,
     Normalize,
     Rescale,
+    constant_chances,
     drop_and_rescale,
     l1_block,
     needs_l1,
+    only_where_own,
     total_weight,
     two_norms,
     weighted_sum,
 )
-from mediator_cli.methods.registry import Sum, merge_method, over_tensor
+from mediator_cli.methods.registry import merge_method
+from mediator_cli.methods.statistics import PerRow, Sum, over_tensor
 
 
 @merge_method(
@@ -27,6 +30,8 @@ from mediator_cli.methods.registry import Sum, merge_method, over_tensor
         "fusion_bench": {"density": 0.5, "lambda": 0.3, "normalize": False},
     },
     random=True,
+    rows=(PerRow("chances", constant_chances, only_where_own, where_own="density"),),
+    per_expert=("density",),
     normalizes=lambda params: bool(params["normalize"]),
 )
 def dare_linear(
@@ -38,17 +43,25 @@ def dare_linear(
     lambda_: Lambda = 1.0,
     normalize: Normalize = True,
     uniforms: Floats,
+    chances: Floats | None = None,
     l1: Doubles | None = None,
 ) -> Floats:
     """Drop entries of each delta at random, rescale the rest, then average: W₀ + λ · Σ wₜ·τ̂ₜ / Σ wₜ.
 
-    τ̂ₜ = τₜ·m / density with m drawn 1 with probability `density`, which keeps the expectation. Defaults follow the
-    authors' command for language models: 20 % dropped, rescaled, averaged. Apt when deltas are small and redundant.
+    τ̂ₜ = τₜ·m / density with m drawn 1 with probability `density`, which keeps the expectation.
+
+    Apt when deltas are small and redundant, as after supervised fine-tuning.
+
+    Not apt when deltas are large, as after continued pre-training: what is dropped is then missed, and the noise of
+    rescaling is large.
+
+    Elsewhere: defaults follow the authors' command for language models: 20 % dropped, rescaled, averaged. mergekit
+    rescales to the L1 norm that the delta had before; fusion_bench drops half and sums.
 
     >>> import numpy as np
     >>> half = np.array([[0.1, 0.9]], np.float32)
     >>> dare_linear(np.ones((1, 2), np.float32), np.ones(1), density=0.5, uniforms=half).tolist()
     [2.0, 0.0]
     """
-    kept = drop_and_rescale(deltas, uniforms, density, rescale, l1)
+    kept = drop_and_rescale(deltas, uniforms, density if chances is None else chances, rescale, l1)
     return weighted_sum(kept, weights, total_weight(weights) if normalize else 1.0, lambda_)

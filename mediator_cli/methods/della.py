@@ -15,7 +15,8 @@ from mediator_cli.methods._ops import (
     two_norms,
 )
 from mediator_cli.methods._ranks import Epsilon, check_chances, drops_some, rank_chances, ranked_chances
-from mediator_cli.methods.registry import PerRow, Sum, merge_method, over_tensor
+from mediator_cli.methods.registry import merge_method
+from mediator_cli.methods.statistics import PerRow, Sum, over_tensor
 
 
 @merge_method(
@@ -25,6 +26,7 @@ from mediator_cli.methods.registry import PerRow, Sum, merge_method, over_tensor
     rows=(PerRow("chances", rank_chances, drops_some),),
     presets={"mergekit": {"density": 1.0, "epsilon": 0.15, "rescale": "l1", "lambda": 1.0}},
     random=True,
+    per_expert=("density", "epsilon"),
     check=check_chances,
 )
 def della(
@@ -44,7 +46,13 @@ def della(
 
     The chance to stay grows with the rank r of the magnitude among the n of its row:
     p = density - ε + 2ε·(r-1)/(n-1); what stays is divided by p (`rescale: expected`) or restores the L1 norm of its
-    tensor (mergekit). A tie of signs counts as plus. Defaults follow the authors' example; ε is half their window.
+    tensor (mergekit). A tie of signs counts as plus.
+
+    Apt when `dare_ties` is, and large changes matter more than small ones.
+
+    Not apt when rows are short: ranks in them say little.
+
+    Elsewhere: defaults follow the authors' example, ε is half their window; preset `mergekit` has its ε and L1 norm.
 
     >>> import numpy as np
     >>> deltas, drawn = np.array([[2, 5, -1]], np.float32), np.array([[0.6, 0.6, 0.6]], np.float32)

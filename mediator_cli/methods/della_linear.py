@@ -16,7 +16,8 @@ from mediator_cli.methods._ops import (
     weighted_sum,
 )
 from mediator_cli.methods._ranks import Epsilon, check_chances, drops_some, rank_chances, ranked_chances
-from mediator_cli.methods.registry import PerRow, Sum, merge_method, over_tensor
+from mediator_cli.methods.registry import merge_method
+from mediator_cli.methods.statistics import PerRow, Sum, over_tensor
 
 
 @merge_method(
@@ -28,6 +29,7 @@ from mediator_cli.methods.registry import PerRow, Sum, merge_method, over_tensor
         "mergekit": {"density": 1.0, "epsilon": 0.15, "rescale": "l1", "lambda": 1.0, "normalize": False},
     },
     random=True,
+    per_expert=("density", "epsilon"),
     normalizes=lambda params: bool(params["normalize"]),
     check=check_chances,
 )
@@ -47,7 +49,13 @@ def della_linear(
     """Drop entries at random, small ones more often, rescale the rest, then average.
 
     As `della` without the election of signs: W₀ + λ · Σ wₜ·τ̂ₜ / Σ wₜ with τ̂ₜ = τₜ·m / p, m drawn 1 with the chance p
-    of the entry. Defaults follow the authors' example.
+    of the entry.
+
+    Apt when experts agree in sign, and large changes matter more than small ones.
+
+    Not apt when experts disagree in sign: `della` elects one.
+
+    Elsewhere: defaults follow the authors' example; mergekit restores the L1 norm and does not normalise (preset).
 
     >>> import numpy as np
     >>> deltas, drawn = np.array([[2, 5, -1]], np.float32), np.array([[0.6, 0.6, 0.6]], np.float32)

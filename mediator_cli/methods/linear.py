@@ -21,8 +21,13 @@ def linear(
 ) -> Floats:
     """Average the experts: Σ wₜ·Wₜ / Σ wₜ.
 
-    The plain average of checkpoints, also called model soup. Sums run in recipe order in float32, with one
-    division at the end. Apt when the experts are close to each other; conflicting changes cancel.
+    The plain average of checkpoints. With equal weights, the default, it is the uniform model soup: all experts go in,
+    none is chosen by how it scores as in a greedy soup. Sums run in recipe order in float32, with one division at the
+    end.
+
+    Apt when the experts are close to each other, such as runs of one task with other seeds or settings.
+
+    Not apt when experts of many tasks are merged: changes that conflict cancel, and each keeps but its share.
 
     >>> import numpy as np
     >>> linear(np.array([[2, 4], [4, 0]], np.float32), np.ones(2)).tolist()

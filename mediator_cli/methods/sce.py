@@ -10,7 +10,8 @@ from pydantic import Field
 from mediator_cli.kernels.arrays import Doubles, Floats
 from mediator_cli.methods._kernels import dot, variances
 from mediator_cli.methods._ops import elect, floats, keep_marked, kth_magnitudes
-from mediator_cli.methods.registry import Params, Select, Slab, Sum, always, merge_method, over_tensor
+from mediator_cli.methods.registry import merge_method
+from mediator_cli.methods.statistics import Params, Select, Slab, Sum, always, over_tensor
 
 
 def _spread(deltas: Floats) -> Floats:
@@ -103,8 +104,14 @@ def sce(
 
     Selected are the entries of each tensor in which the experts' changes have the largest variance; ηₜ = the mean
     of τₜ² over them, divided by the sum over experts; γ = sign(Σ τₜ), plus for zero. The result is the mean of those
-    τₜ whose sign is γ, weighed by ηₜ; weights of the recipe have no say. Apt when experts differ much in how far they
-    moved. The default share is that of FuseChat.
+    τₜ whose sign is γ, weighed by ηₜ; weights of the recipe have no say.
+
+    Apt when experts differ much in how far they moved, and those that moved far should lead.
+
+    Not apt when an expert with small changes must be kept: it weighs next to nothing.
+
+    Elsewhere: the default share is that of FuseChat, whose own code merges unselected entries too (preset `fusechat`).
+    mergekit selects all by default and weighs equally where energies are below 1e-6 (preset `mergekit`).
 
     >>> sce(np.array([[3, 2, -1], [1, -2, -3]], np.float32), np.ones(2), select_topk=1.0).tolist()
     [2.0, 2.0, -2.0]

@@ -23,7 +23,13 @@ def task_arithmetic(
 ) -> Floats:
     """Add the deltas to the base: W₀ + λ · Σ wₜ·τₜ.
 
-    Apt for few experts with little overlap. With many experts choose λ near 1/n; the sum overshoots otherwise.
+    All changes are added as they are: nothing is trimmed, no sign is elected.
+
+    Apt when there are few experts with little overlap.
+
+    Not apt when there are many experts, unless λ is near 1/n: the sum overshoots otherwise.
+
+    Elsewhere: fusion_bench has λ = 0.3 (preset); mergekit can divide by the sum of the weights (`normalize`).
 
     >>> import numpy as np
     >>> task_arithmetic(np.array([[1, 0], [2, 4]], np.float32), np.array([1.0, 0.5])).tolist()

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.sparse import ALIGNMENT, index_codec, most_bytes, most_override_bytes
+from mediator_cli.bundle.sparse import (
+    ALIGNMENT,
+    gated_bytes,
+    index_codec,
+    most_bytes,
+    most_override_bytes,
+    shared_bytes,
+)
 from mediator_cli.bundle.sparse_file import HEADER_BYTES, entry_bytes
 from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.engine.extract.item import may_override
@@ -34,12 +41,22 @@ def sparse_sizes(plan: Plan, *, overrides: bool = False) -> SparseSizes:
     units = dict.fromkeys(plan.units, 0)
     for tensor in plan.tensors:
         if tensor.can_be_routed:
-            units[tensor.unit] += _bytes_of(tensor, overrides) * len(plan.experts)
-    return SparseSizes(units, (HEADER_BYTES + ALIGNMENT) * len(plan.experts))
+            units[tensor.unit] += _bytes_of(tensor, overrides) * len(plan.experts) + _shared_bytes_of(tensor)
+    shares = any(tensor.extract.n_shared for tensor in plan.tensors if tensor.can_be_routed)
+    return SparseSizes(units, (HEADER_BYTES + ALIGNMENT) * (len(plan.experts) + shares))
+
+
+def _shared_bytes_of(tensor: TensorPlan) -> int:
+    extract = tensor.extract
+    if not extract.n_shared or not tensor.size:
+        return 0
+    return shared_bytes(tensor.size, extract.n_shared, extract.values) + entry_bytes(tensor.name)
 
 
 def _bytes_of(tensor: TensorPlan, overrides: bool) -> int:
     extract = tensor.extract
+    if extract.mode != "sparse":
+        return gated_bytes(tensor.size, extract.n_shared, extract.has_bits) + entry_bytes(tensor.name)
     index = None if extract.over == "model" else index_codec(extract.density)
     arrays = most_bytes(tensor.size, _most_kept(extract, tensor.size), extract.values, index) if tensor.size else 0
     if overrides and may_override(extract):

@@ -10,6 +10,7 @@ import numpy as np
 from mediator_cli.bundle.manifest import ConflictReport, ConflictSample, TensorConflict, UnitScores, read_record
 from mediator_cli.checkpoint.layout import layers_of, place_of, unit_of
 from mediator_cli.errors import BundleError, OutputError, Problem
+from mediator_cli.pipeline.align import align_words
 from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.sources import changed_sources
 from mediator_cli.stages.assign import score_limit
@@ -46,7 +47,10 @@ def conflict_passes(denoise: DenoiseSpec) -> int:
 
 
 def check_pair(plan: Plan) -> None:
-    """Raise OutputError where there are no two experts to compare."""
+    """Raise OutputError where there are no two experts to compare, or their layers are stacked."""
+    if plan.inputs:
+        message = "stacked layers are no fine-tunes of one base, so there is no conflict to measure"
+        raise OutputError(Problem(plan.loaded.place("slices"), message, "leave `slices` out"))
     if len(plan.experts) < 2:
         place = plan.loaded.place("experts")
         raise OutputError(Problem(place, "conflict needs at least two experts", "add an expert"))
@@ -95,6 +99,7 @@ def _report(
         experts=tuple(expert.name for expert in plan.experts),
         sources=dict(sources),
         denoise=denoise,
+        align=align_words(plan),
         unit=granularity,
         units=units,
         tensors=tensors,
@@ -121,6 +126,9 @@ def reuse_report(plan: Plan, file: Path, sources: Mapping[str, tuple[SourceFile,
         problems.append(Problem(str(file), f"is about experts {', '.join(report.experts)}", hint))
     if report.denoise != wanted:
         problems.append(Problem(str(file), f"was denoised by {report.denoise}, the recipe says {wanted}", hint))
+    if report.align != align_words(plan):
+        message = f"was measured with align: {report.align}, the recipe says {align_words(plan)}"
+        problems.append(Problem(str(file), message, hint))
     if set(report.tensors) != {tensor.name for tensor in plan.tensors if tensor.average is not None and tensor.size}:
         problems.append(Problem(str(file), "is about other tensors", hint))
     for name in changed_sources(sources, report.sources):

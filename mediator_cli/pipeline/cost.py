@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
+from mediator_cli.engine.matrices import view_of
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.pipeline.conflicts import conflict_passes, denoise_name
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.statistics import Group
     from mediator_cli.plan.model import ExpertSource, Plan, ResolvedExtract, TensorPlan
 
-Kind = Literal["conflict", "statistics", "average", "copy", "extract", "pass", "read", "adapter", "digest"]
+Kind = Literal["conflict", "statistics", "average", "matrix", "copy", "extract", "pass", "read", "adapter", "digest"]
 Stage = Literal["start", "survey", "merge", "digest", "publish"]
 STAGES: tuple[Stage, ...] = ("start", "survey", "merge", "digest", "publish")
 USUAL = "BF16"
@@ -30,8 +31,8 @@ class Step:
     """One kind of work: `what` names all that changes its cost, over n experts; `subject` is what it is done by.
 
     `read`, `adapter`, `pass`: slabs of one source, of base + adapter, of n deltas. `statistics`, `average`, `copy`:
-    what finds a method's facts over the model, and what writes dense tensors. `digest` counts bytes, all other
-    steps elements.
+    what finds a method's facts over the model, and what writes dense tensors. `matrix` is what a method does with
+    whole matrices: it counts entries times the shorter side. `digest` counts bytes, all other steps elements.
     """
 
     kind: Kind
@@ -47,7 +48,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Task:
-    """How much of a step a stage does: elements, and the tensors in which they lie; below zero for what is shared."""
+    """How much of a step a stage does: elements, and the tensors in which they lie; below zero for what is shared.
+
+    The tensors of a `matrix` step are counted by their entries.
+    """
 
     stage: Stage
     step: Step
@@ -90,6 +94,7 @@ def _survey(plan: Plan) -> Iterator[Task]:
     for group in _over_model(plan):
         step = Step("statistics", group.method.key, n, group.method)
         yield Task("survey", step, _size(group.tensors), len(group.tensors))
+        yield from _matrices("survey", group, n, group.whole_passes())
         yield from _other_rows(plan, "survey", group.passes() * _size(group.tensors))
     if shared := _shared(plan):
         yield Task("survey", Step("pass", "delta", n), -shared)
@@ -107,7 +112,7 @@ def _conflict_passes(plan: Plan) -> int:
 def _shared(plan: Plan) -> int:
     """Count the elements that conflict and facts over the model read in common, all passes together."""
     passes = _conflict_passes(plan)
-    groups = [group for group in _over_model(plan) if group.method.method.space == "delta"]
+    groups = [group for group in _over_model(plan) if group.method.space == "delta"]
     return sum(min(passes, group.passes()) * _size(group.tensors) for group in groups)
 
 
@@ -143,10 +148,11 @@ def _conflict(plan: Plan, passes: int) -> Iterator[Task]:
 
 def _average(plan: Plan) -> Iterator[Task]:
     """Write the dense tensors, with what a method has to know of each before."""
-    n = len(plan.experts)
     for group in group_by_method(plan.tensors):
+        n = len(group.tensors[0].weights)
         step, size = Step("average", group.method.key, n, group.method), _size(group.tensors)
         yield Task("merge", step, size, len(group.tensors))
+        yield from _matrices("merge", group, n, 1 if group.spans_model else 1 + group.whole_passes())
         passes = 1 if group.spans_model else 1 + group.passes()
         yield from _other_rows(plan, "merge", passes * size)
     copied = [tensor for tensor in plan.tensors if tensor.average is None]
@@ -157,6 +163,15 @@ def _average(plan: Plan) -> Iterator[Task]:
             size = _size([tensor for tensor in plan.tensors if tensor.dtype == dtype])
             yield Task("merge", Step("copy", dtype), size)
             yield Task("merge", Step("copy", USUAL), -size)
+
+
+def _matrices(stage: Stage, group: Group, n: int, times: int) -> Iterator[Task]:
+    """Count what a method does with whole matrices; singular values take entries times the shorter side."""
+    whole = [tensor for tensor in group.tensors if view_of(tensor) != "elements"]
+    if whole and times:
+        step = Step("matrix", group.method.key, n, group.method)
+        work = sum(tensor.size * min(tensor.shape[-2:]) for tensor in whole)
+        yield Task(stage, step, times * work, times * _size(whole))
 
 
 def _extract(plan: Plan, routed: float) -> Iterator[Task]:
@@ -177,11 +192,15 @@ def extract_passes(plan: Plan) -> float:
 
 
 def _passes_of(extract: ResolvedExtract) -> int:
+    if extract.mode != "sparse":
+        return 1 + (extract.mode in ("emr", "basis"))
     ranks = extract.density != 1 and extract.select != "random"
     return 2 + ranks + 3 * (extract.values == "int8") + (extract.over == "model")
 
 
 def _words(extract: ResolvedExtract) -> str:
+    if extract.mode != "sparse":
+        return f"{extract.mode} of {extract.n_shared} arrays as {extract.values}"
     return f"{extract.select} {extract.density:g} over {extract.over} as {extract.values}"
 
 
@@ -198,9 +217,9 @@ def passed_over(plan: Plan) -> int:
 
 
 def source_bytes(plan: Plan) -> dict[str, int]:
-    """Count the bytes of base and experts as they are stored, by name."""
-    sources = {"base": plan.base.tensors, **{expert.name: expert.tensors for expert in plan.experts}}
-    return {name: sum(info.n_bytes for info in tensors.values()) for name, tensors in sources.items()}
+    """Count the bytes of base and experts as they are stored, by name; with an expert's, its second moments."""
+    sources = {"base": plan.base.tensors.values(), **{expert.name: expert.infos for expert in plan.experts}}
+    return {name: sum(info.n_bytes for info in infos) for name, infos in sources.items()}
 
 
 def _other_rows(plan: Plan, stage: Stage, elements: float) -> Iterator[Task]:

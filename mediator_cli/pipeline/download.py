@@ -54,6 +54,7 @@ def far_files(tensors: Mapping[str, TensorInfo], repo: HubRepo | None) -> tuple[
 def far_files_of(plan: Plan) -> dict[str, tuple[FarFile, ...]]:
     """List what a merge will download, by source; a file that two sources share belongs to the first."""
     sources = {"base": plan.base, **{expert.name: expert.source for expert in plan.experts}}
+    sources |= {f"{e.name} second_moments": e.moments for e in plan.experts if e.moments is not None}
     found: dict[str, tuple[FarFile, ...]] = {}
     seen: set[Path] = set()
     for name, source in sources.items():

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import TABLE_BYTES, peak_bytes
-from mediator_cli.methods.registry import Select
+from mediator_cli.methods.statistics import Select
 from mediator_cli.pipeline.assign import sparse_sizes
 from mediator_cli.pipeline.cost import (
     STAGES,
@@ -122,7 +122,7 @@ def describe_plan(
         sources_are=(cache or "warm") if foretold else None,
         dense_bytes=dense_bytes(plan),
         sparse_bytes=_sparse_range(plan),
-        peak_memory=peak_bytes(len(plan.experts), budget) - TABLE_BYTES + _table_bytes(plan),
+        peak_memory=peak_bytes(plan.n_rows, budget) - TABLE_BYTES + _table_bytes(plan),
         workers=budget.workers,
         free_disk=free_bytes(target),
         methods=tuple(MethodReport(**record.model_dump()) for record in method_records(plan)),

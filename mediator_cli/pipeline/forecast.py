@@ -165,5 +165,5 @@ def _last_batch_bytes(plan: Plan) -> int:
     files = plan_shards(
         [new_tensor(tensor) for tensor in plan.tensors], parse_size(plan.loaded.recipe.output.shard_size)
     )
-    shards = cut_shards(files, {tensor.name: tensor for tensor in plan.tensors}, len(plan.experts))
+    shards = cut_shards(files, {tensor.name: tensor for tensor in plan.tensors}, plan.n_inputs)
     return sum(new_tensor(tensor).n_bytes for tensor in shards[-1].batches[-1].tensors) if shards else 0

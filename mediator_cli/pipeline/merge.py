@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.digest import digest_tensors, file_digest, sparse_digests
 from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ROUTER, FileRecord, WeightFile, to_json
-from mediator_cli.bundle.sparse_file import open_sparse_file
+from mediator_cli.bundle.sparse_file import SHARED, open_sparse_file
 from mediator_cli.checkpoint.digest import Digests, digest_file
 from mediator_cli.checkpoint.write import index_json, plan_shards
 from mediator_cli.engine.batches import cut_shards
+from mediator_cli.engine.matrices import one_blas_thread
 from mediator_cli.engine.publish import can_resume, check_output, publish
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import open_streams
 from mediator_cli.errors import OutputError, Problem
+from mediator_cli.pipeline.adapters import merge_adapters
+from mediator_cli.pipeline.align import align_sources, open_aligned
 from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import check_pair, reuse_report, scores_by_measure
 from mediator_cli.pipeline.cost import measures_conflict
@@ -29,6 +32,7 @@ from mediator_cli.pipeline.sources import check_unchanged, identities, source_fi
 from mediator_cli.pipeline.survey import conflict_report, take_survey
 from mediator_cli.pipeline.upload import check_output_url, output_url, prepare_staging, upload_bundle
 from mediator_cli.pipeline.write import Work, carry_out_batches, sparse_files
+from mediator_cli.plan.overrides import resolve_extract
 from mediator_cli.recipe.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictR
     run, seen = settings or Settings(), Digests()
     check_pair(plan)
     download_weights(plan, run.progress)
-    with open_streams(plan, seen) as streams:
+    with open_aligned(plan, run, seen) as streams:
         tell_doubts(plan, streams, run.notify)
         survey = take_survey(plan, (), streams, run, conflict=True)
     report = conflict_report(plan, survey, source_files(plan, seen, run))
@@ -67,6 +71,8 @@ def merge(
     for a later one with `resume`. Raises MediatorError for what the user can mend.
     """
     run = settings or Settings()
+    if plan.modules:
+        return merge_adapters(plan, output, conflicts, run)
     given, plan = plan, check_routing(plan)
     for notice in plan.notices[len(given.notices) :]:
         run.notify(notice)
@@ -100,8 +106,9 @@ def _build(
     plan: Plan, building: Building, title: str, conflicts: Path | None, job: RouterJob | None, run: Settings
 ) -> None:
     seen, folder = Digests(), building.folder
-    with open_streams(plan, seen) as streams:
-        doubts = tell_doubts(plan, streams, run.notify)
+    aligned = align_sources(plan, run, folder)
+    with open_streams(plan, seen, aligned.axes) as streams, one_blas_thread(plan.tensors):
+        doubts = (*aligned.notices, *tell_doubts(plan, streams, run.notify))
         given = None if conflicts is None else reuse_report(plan, conflicts, source_files(plan, seen, run))
         survey = _survey(plan, streams, given, building, run)
         report = given or conflict_report(plan, survey, {})
@@ -155,7 +162,7 @@ def _work(
     total = batch_elements(plan, sum(t.size for t in routed))
     return Work(
         streams=streams,
-        shards=cut_shards(files, {tensor.name: tensor for tensor in plan.tensors}, len(plan.experts)),
+        shards=cut_shards(files, {tensor.name: tensor for tensor in plan.tensors}, plan.n_inputs),
         found=survey.found,
         routed=frozenset(tensor.name for tensor in routed),
         from_base=frozenset(tensor.name for tensor in from_base),
@@ -173,8 +180,10 @@ def batch_elements(plan: Plan, n_routed: int) -> int:
     """Count the elements of each source that the batches read: statistics per tensor, average, sparse experts."""
     groups = [group for group in group_by_method(plan.tensors) if not group.spans_model]
     ranked = sum(group.passes() * sum(tensor.size for tensor in group.tensors) for group in groups)
-    extract = plan.loaded.recipe.extract
+    extract = resolve_extract(plan.loaded.recipe.extract)
     passes = 2 + (extract.select == "magnitude" and extract.density != 1.0)
+    if extract.mode != "sparse":
+        passes = 1 + (extract.mode == "emr")
     share = 2 * len(plan.experts) / (len(plan.experts) + 1)
     return ranked + sum(tensor.size for tensor in plan.tensors) + round(passes * share * n_routed)
 
@@ -205,6 +214,7 @@ def _write_router(
 def _write_records(plan: Plan, folder: Path, work: Work, outcome: Outcome) -> None:
     """Write model card and manifest, the manifest last."""
     sparse = {name: _sparse_files(work, name) for name in outcome.written.kept}
+    shared = _sparse_files(work, SHARED)
     (folder / "README.md").write_text(model_card(plan, outcome), encoding="utf-8")
     shards: dict[str, WeightFile] = {}
     for shard in work.shards:
@@ -212,14 +222,15 @@ def _write_records(plan: Plan, folder: Path, work: Work, outcome: Outcome) -> No
         shards |= dict.fromkeys(digests, _weight_file(folder, shard.name, digests))
     # The manifest of a merge that was killed when it had written it may stand there.
     weights = {folder / record.name for record in shards.values()} | {folder / ROUTER, folder / MANIFEST}
-    weights |= {folder / record.name for files in sparse.values() for record in files.files}
+    weights |= {folder / record.name for files in (*sparse.values(), shared) for record in files.files}
     others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in weights)
     records = tuple(_file_record(folder, file) for file in others)
-    (folder / MANIFEST).write_text(to_json(make_manifest(plan, outcome, shards, sparse, records)), encoding="utf-8")
+    manifest = make_manifest(plan, outcome, shards, sparse, shared, records)
+    (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
 
 
 def _sparse_files(work: Work, expert: str) -> SparseFiles:
-    """Digest the files of one sparse expert, which were written out of order."""
+    """Digest the files of one sparse expert, or of what experts share, which were written out of order."""
     records: list[WeightFile] = []
     tensors: dict[str, str] = {}
     for name in sparse_files(work, expert).values():

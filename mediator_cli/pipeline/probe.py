@@ -11,6 +11,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from mediator_cli.checkpoint.adapter.open import open_adapter
 from mediator_cli.checkpoint.adapter.read import AdapterReader
@@ -25,7 +26,7 @@ from mediator_cli.engine.conflict import count_tensors
 from mediator_cli.engine.journal import start_journal
 from mediator_cli.engine.pool import run_all
 from mediator_cli.engine.statistics import Group, find_statistics
-from mediator_cli.engine.streams import Budget, Streams, cut
+from mediator_cli.engine.streams import Budget, Piece, Streams, cut
 from mediator_cli.engine.sweep import carry_out
 from mediator_cli.engine.team import Alone
 from mediator_cli.pipeline.cost import USUAL, read_step
@@ -42,13 +43,14 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.read import Reader
     from mediator_cli.engine.statistics import Found
-    from mediator_cli.engine.streams import Piece
     from mediator_cli.kernels.arrays import Floats
-    from mediator_cli.methods.registry import ResolvedMethod
+    from mediator_cli.methods.method import ResolvedMethod
     from mediator_cli.pipeline.cost import Step
 
 _LARGE, _SMALL = ((1024, 1024), 16), ((512,), 48)
 """Shapes and numbers of the tensors on which costs for each element, and for each tensor, are measured."""
+_SIDES = 96, 384
+"""Sides of the matrices on which methods that see them whole are measured."""
 _SOURCES = 4
 """Experts that are written; where more are asked for, they are read again under other names."""
 REPEATS = 3
@@ -88,9 +90,14 @@ class Bench:
     def tensors(
         self, large: bool, method: ResolvedMethod | None, extract: ResolvedExtract = _PLAIN
     ) -> list[TensorPlan]:
-        """Plan the large or the small tensors."""
+        """Plan the large or the small tensors; as vectors where the method would see matrices whole."""
         wanted = [info for info in self.base.values() if (len(info.shape) > 1) == large]
-        return [TensorPlan(info.name, info.name, info.shape, info.size, USUAL, method, extract, ()) for info in wanted]
+        is_flat = method is not None and method.method.scope == "matrix"
+        shapes = [(info.size,) if is_flat else info.shape for info in wanted]
+        return [
+            TensorPlan(info.name, info.name, shape, info.size, USUAL, method, extract, ())
+            for info, shape in zip(wanted, shapes, strict=True)
+        ]
 
 
 @contextmanager
@@ -155,6 +162,8 @@ def measure(bench: Bench, step: Step) -> Rate:
         return Rate(_digest(bench))
     if step.kind in ("read", "adapter", "pass"):
         return Rate(_read(bench, step))
+    if step.kind == "matrix":
+        return _matrix(bench, step.subject, step.n)
     large, small = (_PROBES[step.kind](bench, step, is_large) for is_large in (True, False))
     (shape, number), (other, others) = _LARGE, _SMALL
     element = large / (math.prod(shape) * number)
@@ -196,6 +205,26 @@ def _extract(bench: Bench, step: Step, large: bool) -> float:
     names = frozenset(tensor.name for tensor in tensors)
     both = best_time(lambda: _batches(bench, 2, tensors, routed=names)).cpu
     return _NANO * max(0.0, both - best_time(lambda: _batches(bench, 2, tensors)).cpu) / 2
+
+
+def _matrix(bench: Bench, method: ResolvedMethod, n: int) -> Rate:
+    """Measure a method on square matrices of two sizes: what it takes for each entry, and for entries times side."""
+    _matrix_time(bench, method, n, _SIDES[0])
+    small, large = (_matrix_time(bench, method, n, side) / side**2 for side in _SIDES)
+    slope = max(0.0, (large - small) / (_SIDES[1] - _SIDES[0]))
+    return Rate(slope, max(0.0, large - slope * _SIDES[1]))
+
+
+def _matrix_time(bench: Bench, method: ResolvedMethod, n: int, side: int) -> float:
+    """Time one matrix on each worker; they take long enough to be done but once."""
+    streams, name = bench.streams(n), next(info.name for info in bench.base.values() if len(info.shape) > 1)
+    inputs = streams.inputs(Piece(name, 0, side * side), method.space).rows.reshape(n, side, side)
+    uniforms = np.full(inputs.shape, 0.5, np.float32) if method.method.random else None
+    before = time.process_time()
+    with threadpool_limits(1, user_api="blas"):
+        workers = bench.budget.workers
+        run_all(lambda _: method(inputs, np.ones(n), {}, uniforms), range(workers), workers)
+    return _NANO * (time.process_time() - before) / workers
 
 
 _PROBES: dict[str, Callable[[Bench, Step, bool], float]] = {

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.card import router_card, with_block
 from mediator_cli.bundle.manifest import (
+    GATED_SCHEMA_VERSION,
+    SCHEMA_VERSION,
     ConflictRecord,
     ExtractRecord,
     FileRecord,
     Manifest,
     MethodRecord,
     RecipeRecord,
+    SharedRecord,
     Sizes,
     SourceRecord,
     SparseRecord,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.extract.encode import Kept
     from mediator_cli.pipeline.write import Written
     from mediator_cli.plan.model import ExpertSource, Plan, TensorPlan
+    from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.stages.assign import Decision
 
 
@@ -77,6 +81,7 @@ def make_manifest(
     outcome: Outcome,
     shards: Mapping[str, WeightFile],
     sparse: Mapping[str, SparseFiles],
+    shared: SparseFiles,
     files: tuple[FileRecord, ...],
 ) -> Manifest:
     """Gather everything that a reader of the bundle may ask; `shards` are by the name of a tensor in them."""
@@ -84,9 +89,9 @@ def make_manifest(
     dense = sum(DTYPE_BYTES[tensor.dtype] * tensor.size for tensor in plan.tensors)
     digests = {tensor.name: outcome.written.dense[tensor.name] for tensor in plan.tensors}
     return Manifest(
-        schema_version=2,
+        schema_version=GATED_SCHEMA_VERSION if _is_gated(plan, outcome) else SCHEMA_VERSION,
         generator=f"mediator {package_version()}",
-        recipe=_recipe_record(plan),
+        recipe=recipe_record(plan),
         base=_source(plan, outcome, "base", recipe.base),
         experts=tuple(_expert(plan, outcome, expert) for expert in plan.experts),
         tokenizer=recipe.tokenizer,
@@ -96,19 +101,26 @@ def make_manifest(
         assignment=dict(outcome.assignment),
         extract=_extract(plan) if sparse else None,
         sparse=tuple(_sparse_record(plan, outcome, name, files) for name, files in sparse.items()),
+        shared=SharedRecord(files=shared.files, tensors=dict(shared.tensors)) if shared.files else None,
         shards=tuple(dict.fromkeys(shards.values())),
         tensors={tensor.name: _tensor(tensor, shards[tensor.name], digests[tensor.name]) for tensor in plan.tensors},
         files=files,
         sizes=Sizes(
             dense=dense,
-            sparse=sum(file.bytes for each in sparse.values() for file in each.files),
+            sparse=sum(file.bytes for each in (*sparse.values(), shared) for file in each.files),
             full_models=dense * len(plan.experts),
         ),
-        digest=bundle_digest(digests, {name: each.tensors for name, each in sparse.items()}),
+        digest=bundle_digest(digests, {name: each.tensors for name, each in sparse.items()}, shared.tensors),
         router=outcome.router,
         averaged_in_routed_units=_unmixed(plan, outcome),
         notices=(*plan.notices, *outcome.notices),
     )
+
+
+def _is_gated(plan: Plan, outcome: Outcome) -> bool:
+    """Whether any tensor is stored in another way than sparsely, or would be."""
+    modes = {tensor.extract.mode for tensor in plan.tensors if outcome.assignment[tensor.unit] == "route"}
+    return bool(outcome.written.kept) and (modes != {"sparse"} or _extract(plan).mode != "sparse")
 
 
 def _unmixed(plan: Plan, outcome: Outcome) -> tuple[str, ...]:
@@ -116,10 +128,16 @@ def _unmixed(plan: Plan, outcome: Outcome) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in routed if not tensor.mixable)
 
 
-def _recipe_record(plan: Plan) -> RecipeRecord:
-    text = plan.loaded.text
-    digest = hashlib.sha256("\0".join([text, *plan.loaded.changes]).encode()).hexdigest()
-    return RecipeRecord(name=_text(plan.loaded.path.name), text=text, sha256=digest, changes=plan.loaded.changes)
+def recipe_record(plan: Plan) -> RecipeRecord:
+    """Keep the recipe as it was read, and what the command line changed."""
+    loaded = plan.loaded
+    digest = recipe_digest(loaded)
+    return RecipeRecord(name=_text(loaded.path.name), text=loaded.text, sha256=digest, changes=loaded.changes)
+
+
+def recipe_digest(loaded: LoadedRecipe) -> str:
+    """Digest a recipe's text with what the command line changed."""
+    return hashlib.sha256("\0".join([loaded.text, *loaded.changes]).encode()).hexdigest()
 
 
 def _text(name: str) -> str:
@@ -135,7 +153,7 @@ def _source(plan: Plan, outcome: Outcome, name: str, path: str) -> SourceRecord:
         weight=None,
         license=license_of(plan.base.path),
         files=outcome.sources[name],
-        revision=_commit(plan.base.repo),
+        revision=commit_of(plan.base.repo),
     )
 
 
@@ -153,11 +171,12 @@ def _expert(plan: Plan, outcome: Outcome, expert: ExpertSource) -> SourceRecord:
         license=license_of(expert.source.path),
         files=outcome.sources[expert.name],
         prompts=prompts,
-        revision=_commit(expert.source.repo),
+        revision=commit_of(expert.source.repo),
     )
 
 
-def _commit(repo: HubRepo | None) -> str | None:
+def commit_of(repo: HubRepo | None) -> str | None:
+    """Tell which commit of a repository on the Hub a source is; None for a folder."""
     return repo.commit if repo is not None else None
 
 
@@ -213,7 +232,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
     folders = {"base": plan.base.path, **{e.name: e.source.path for e in plan.experts}}
     written = {"base": recipe.base, **{spec.name: spec.model for spec in recipe.experts}}
     licenses = {name: license_of(path) or "not declared" for name, path in folders.items()}
-    rows = [f"| {name} | {_label(written[name])} | {licenses[name]} |" for name in folders]
+    rows = [f"| {name} | {label(written[name])} | {licenses[name]} |" for name in folders]
     lines = [
         "---",
         "library_name: transformers",
@@ -222,7 +241,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         "---",
         f"# {_text(outcome.title)}",
         "",
-        f"Merged with mediator from {len(plan.experts)} experts of one base.",
+        _made_of(plan),
         "",
         "| source | from | licence |",
         "|---|---|---|",
@@ -244,6 +263,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
     return card if outcome.router is None else with_block(card, "router", router_card(outcome.router))
 
 
-def _label(path: str) -> str:
+def label(path: str) -> str:
+    """Name a source on a card."""
     # A card travels; an absolute path of the machine that made it does not belong on it.
     return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path  # noqa: PTH117, PTH119

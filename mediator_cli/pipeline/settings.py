@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mediator_cli.checkpoint.remote.ahead import KEPT_BYTES
 from mediator_cli.checkpoint.remote.folder import remote_file
 from mediator_cli.checkpoint.write import NewTensor
+from mediator_cli.engine.matrices import whole_bytes
 from mediator_cli.engine.streams import RUNTIME_BYTES, make_budget
 from mediator_cli.engine.team import Alone
 from mediator_cli.pipeline.progress import Progress, silent, unheard
@@ -59,10 +60,11 @@ def output_folder(plan: Plan, output: Path | str | None) -> Path:
 
 def budget_of(plan: Plan, run: Settings) -> Budget:
     """Choose how much runs at a time, so that it fits in the memory that is given."""
-    sources = [*plan.base.tensors.values(), *(info for expert in plan.experts for info in expert.tensors.values())]
+    sources = [*plan.base.tensors.values(), *(info for expert in plan.experts for info in expert.infos)]
     is_far = any(remote_file(file) is not None for file in {info.file for info in sources})
     resident = RUNTIME_BYTES + (KEPT_BYTES if is_far else 0)
-    budget = make_budget(len(plan.experts), run.workers, run.memory, resident)
+    whole = whole_bytes(plan.tensors, plan.n_inputs)
+    budget = make_budget(plan.n_rows, run.workers, run.memory, resident, whole)
     return budget if run.slab is None else replace(budget, slab=run.slab)
 
 
@@ -78,4 +80,4 @@ def dense_bytes(plan: Plan) -> int:
 
 def row_bytes(plan: Plan) -> int:
     """Count the bytes that one element of all sources takes, for progress in bytes; most checkpoints are 16-bit."""
-    return (len(plan.experts) + 1) * 2
+    return (plan.n_inputs + 1) * 2

@@ -11,7 +11,6 @@ from mediator_cli.bundle.manifest import SourceFile
 from mediator_cli.checkpoint.cache import read_note, write_note
 from mediator_cli.checkpoint.digest import fold
 from mediator_cli.checkpoint.header import TensorInfo, identity, read_header
-from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.pipeline.progress import counter
 
@@ -28,13 +27,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def tensors_by_file(plan: Plan) -> dict[str, dict[Path, list[TensorInfo]]]:
-    """List the weight files of base and experts, with the tensors in them, by source name."""
-    owners = {"base": plan.base.tensors, **{expert.name: expert.tensors for expert in plan.experts}}
+    """List the weight files of base and experts, with the tensors in them, by source name.
+
+    Those with an expert's second moments are files of the expert.
+    """
+    owners = {"base": plan.base.tensors.values(), **{expert.name: expert.infos for expert in plan.experts}}
     found: dict[str, dict[Path, list[TensorInfo]]] = {}
-    for name, tensors in owners.items():
-        found[name] = {file: [] for file in weight_files(tensors)}
-        for info in tensors.values():
-            found[name][info.file].append(info)
+    for name, infos in owners.items():
+        found[name] = {}
+        for info in infos:
+            found[name].setdefault(info.file, []).append(info)
     return found
 
 

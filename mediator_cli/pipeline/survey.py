@@ -11,8 +11,8 @@ from mediator_cli.bundle.manifest import ConflictReport, SourceFile
 from mediator_cli.checkpoint.header import identity
 from mediator_cli.engine.conflict import count_tensors, sample_tensors
 from mediator_cli.engine.statistics import find_statistics, group_by_method
-from mediator_cli.engine.streams import open_streams
 from mediator_cli.engine.sweep import all_of, carry_out
+from mediator_cli.pipeline.align import open_aligned
 from mediator_cli.pipeline.conflicts import check_pair, conflict_passes, make_report, make_sampled_report
 from mediator_cli.pipeline.download import download_weights
 from mediator_cli.pipeline.lineage import tell_doubts
@@ -122,7 +122,7 @@ def sample_conflicts(plan: Plan, share: float, run: Settings) -> ConflictReport:
     merged = {tensor.name: tensor.size for tensor in plan.tensors if tensor.average is not None}
     denoise = plan.loaded.recipe.conflict.denoise
     total = round(share * conflict_passes(denoise) * sum(merged.values()))
-    with open_streams(plan) as streams:
+    with open_aligned(plan, run) as streams:
         tell_doubts(plan, streams, run.notify)
         advance = counter(run.progress, "sample", total * row_bytes(plan), row_bytes(plan))
         samples = carry_out(sample_tensors(streams, merged, denoise, share), budget_of(plan, run).workers, advance)

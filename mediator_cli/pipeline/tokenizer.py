@@ -35,6 +35,17 @@ def write_tokenizer(plan: Plan, folder: Path) -> None:
     _copy(owner, [file for file in side_files(owner) if is_tokenizer_file(file)], folder)
     if plan.union is not None:
         add_tokens(folder, plan.union)
+    if plan.chat_template is not None:
+        _write_template(folder, plan.chat_template)
+
+
+def _write_template(folder: Path, text: str) -> None:
+    """Write the chat template, and leave no other one beside it."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    config = _existing(folder / TOKENIZER_CONFIG)
+    if config is not None and "chat_template" in config:
+        _rewrite(folder / TOKENIZER_CONFIG, {name: value for name, value in config.items() if name != "chat_template"})
 
 
 def _copy(owner: Path, files: list[Path], folder: Path) -> None:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.manifest import EXPERTS_FOLDER
-from mediator_cli.bundle.sparse_file import SparseTensor, sparse_file_name
+from mediator_cli.bundle.sparse_file import SHARED, SparseTensor, sparse_file_name
 from mediator_cli.bundle.sparse_writer import create_sparse_file, resume_sparse_file
 from mediator_cli.checkpoint.digest import Digests, fold
 from mediator_cli.checkpoint.read import open_files
 from mediator_cli.checkpoint.write import create_file, place_tensors
-from mediator_cli.engine.combine import DenseTensor, Target, write_dense
-from mediator_cli.engine.extract.batch import extract_batch
+from mediator_cli.engine.combine import DenseTensor, Target, digest_passed_over, write_dense
+from mediator_cli.engine.extract.batch import Common, extract_batch
 from mediator_cli.engine.extract.choose import common_limits
 from mediator_cli.engine.extract.encode import Kept
+from mediator_cli.engine.extract.gated import common_scales
 from mediator_cli.engine.extract.item import Dense, Extraction
+from mediator_cli.engine.matrices import parts_of
 from mediator_cli.engine.pool import run_all
 from mediator_cli.engine.statistics import find_statistics, group_by_method
-from mediator_cli.engine.streams import cut
 from mediator_cli.engine.sweep import all_of, carry_out
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.read import Handle
     from mediator_cli.engine.batches import Batch, Shard
-    from mediator_cli.engine.extract.choose import Limit
     from mediator_cli.engine.journal import Journal
     from mediator_cli.engine.statistics import Found
     from mediator_cli.engine.streams import Budget, Streams
@@ -77,7 +77,13 @@ class Work:
     def waits(self) -> bool:
         """Whether experts can only be extracted when all dense tensors are written."""
         every = (tensor for shard in self.shards for tensor in shard.tensors)
-        return any(tensor.extract.over == "model" for tensor in every if tensor.name in self.routed)
+        routed = [tensor.extract for tensor in every if tensor.name in self.routed]
+        return any(extract.over == "model" or extract.mode == "emr" for extract in routed)
+
+    def kept_of(self, shard: Shard, expert: str) -> list[TensorPlan]:
+        """Choose the tensors of a shard of which an expert, or for SHARED all experts together, keep something."""
+        routed = self.routed_of(shard.tensors)
+        return [tensor for tensor in routed if tensor.extract.n_shared and tensor.size] if expert == SHARED else routed
 
     def routed_of(self, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
         """Choose the tensors of which experts keep deltas."""
@@ -114,10 +120,10 @@ def _carry_out(work: Work) -> Written:
             _write_shard(work, shard, finished)
     if work.waits:
         work.team.wait_for(work.journal, [_dense_step(batch) for shard in work.shards for batch in shard.batches])
-        limits = _limits(work)
+        common = _common(work)
         with _behind(work) as finished:
             for shard in mine:
-                _write_late(work, shard, limits, finished)
+                _write_late(work, shard, common, finished)
     work.team.wait_for(work.journal, _all_steps(work))
     return _gathered(work)
 
@@ -150,7 +156,7 @@ def _write_shard(work: Work, shard: Shard, finished: _Finished) -> None:
                 work.advance(batch.size)
                 continue
             _average(work, batch, target)
-            stored = _extract(work, batch, writers, {})
+            stored = _extract(work, batch, writers, Common())
             digests = target.digests.of(target.file)
             dense = {tensor.name: digests[tensor.name] for tensor in batch.tensors if tensor.size}
             facts = {"dense": dense, "stored": stored, "seen": work.seen.take()}
@@ -160,14 +166,14 @@ def _write_shard(work: Work, shard: Shard, finished: _Finished) -> None:
             writer.finish()
 
 
-def _write_late(work: Work, shard: Shard, limits: Mapping[tuple[str, str], Limit], finished: _Finished) -> None:
+def _write_late(work: Work, shard: Shard, common: Common, finished: _Finished) -> None:
     done = [batch for batch in shard.batches if _late_step(batch) in work.journal.steps]
     with ExitStack() as stack:
         writers = _open_writers(work, shard, done, _late_step, stack)
         stack.callback(finished.wait)
         for batch in shard.batches:
             if batch not in done:
-                stored = _extract(work, batch, writers, limits)
+                stored = _extract(work, batch, writers, common)
                 finished(_late_step(batch), {"stored": stored, "seen": work.seen.take()}, [], list(writers.values()))
         finished.wait()
         for writer in writers.values():
@@ -183,7 +189,7 @@ def _average(work: Work, batch: Batch, target: Target) -> None:
     found = dict(work.found)
     for facts in carry_out(all_of(searches), work.budget.workers, work.advance):
         found |= facts
-    parts = cut([(tensor.name, tensor.size) for tensor in batch.tensors], work.budget.slab)
+    parts = parts_of(batch.tensors, work.budget.slab, work.from_base)
     mean = batch.size / max(1, len(parts))
     run_all(
         lambda piece: write_dense(work.streams, dense[piece.tensor], piece, found.get(piece.tensor, {}), target),
@@ -191,22 +197,22 @@ def _average(work: Work, batch: Batch, target: Target) -> None:
         work.budget.workers,
         lambda n: work.advance(round(n * mean)),
     )
+    digest_passed_over(target, batch.tensors, work.budget.slab)
 
 
 def _extract(
-    work: Work, batch: Batch, writers: Mapping[str, SparseFileWriter], limits: Mapping[tuple[str, str], Limit]
-) -> dict[str, dict[str, Any]]:
-    """Append the routed tensors of a batch to the sparse experts; `limits` are those over the model."""
+    work: Work, batch: Batch, writers: Mapping[str, SparseFileWriter], common: Common
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Append the routed tensors of a batch to the sparse experts; `common` is what was found over the model."""
     routed = work.routed_of(batch.tensors)
     if not routed or not writers:
         return {}
     share = len(work.streams.names) + 1
     with open_files(work.placed[tensor.name].file for tensor in routed) as descriptors:
         job = _extraction(work, descriptors)
-        found = extract_batch(
-            job, routed, writers, limits, work.budget.workers, lambda n: work.advance(max(1, 2 * n // share))
+        return extract_batch(
+            job, routed, writers, common, work.budget.workers, lambda n: work.advance(max(1, 2 * n // share))
         )
-    return {expert: {name: stored.as_json() for name, stored in each.items()} for expert, each in found.items()}
 
 
 def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> Target:
@@ -223,8 +229,11 @@ def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> 
 
 
 def sparse_files(work: Work, expert: str) -> dict[int, str]:
-    """Name the files of a sparse expert by the number of the shard; shards of which nothing is routed have none."""
-    numbers = [shard.number for shard in work.shards if work.routed_of(shard.tensors)]
+    """Name the files of a sparse expert by the number of the shard; shards of which nothing is routed have none.
+
+    For SHARED those of what experts share, by the shards of which anything is shared.
+    """
+    numbers = [shard.number for shard in work.shards if work.kept_of(shard, expert)]
     return {number: sparse_file_name(expert, at, len(numbers)) for at, number in enumerate(numbers, 1)}
 
 
@@ -232,13 +241,15 @@ def _open_writers(
     work: Work, shard: Shard, done: Sequence[Batch], step: Callable[[Batch], str], stack: ExitStack
 ) -> dict[str, SparseFileWriter]:
     """Open the shard's file of every sparse expert, behind the batches that are done."""
-    routed = [tensor for tensor in work.routed_of(shard.tensors) if tensor.size]
     if not work.routed_of(shard.tensors):
         return {}
     (work.folder / EXPERTS_FOLDER).mkdir(exist_ok=True)
-    names, dtypes = [tensor.name for tensor in routed], {tensor.name: tensor.dtype for tensor in routed}
     writers: dict[str, SparseFileWriter] = {}
-    for expert in work.streams.names:
+    for expert in (*work.streams.names, SHARED):
+        kept = [tensor for tensor in work.kept_of(shard, expert) if tensor.size]
+        if expert == SHARED and not kept:
+            continue
+        names, dtypes = [tensor.name for tensor in kept], {tensor.name: tensor.dtype for tensor in kept}
         file = work.folder / sparse_files(work, expert)[shard.number]
         if done:
             stored: dict[str, Any] = {}
@@ -259,13 +270,17 @@ def _extraction(work: Work, descriptors: Mapping[Path, Handle]) -> Extraction:
     return Extraction(experts, Dense(descriptors, work.placed), work.budget.slab, work.streams.seed)
 
 
-def _limits(work: Work) -> dict[tuple[str, str], Limit]:
-    """Rank all deltas of an expert together, in the order of the plan, whatever the shards."""
-    routed = [t for shard in work.shards for t in work.routed_of(shard.tensors) if t.extract.over == "model" and t.size]
+def _common(work: Work) -> Common:
+    """Look at all deltas of an expert together, in the order of the plan, whatever the shards."""
+    routed = [tensor for shard in work.shards for tensor in work.routed_of(shard.tensors) if tensor.size]
     order = {name: at for at, name in enumerate(work.streams.weights)}
     routed.sort(key=lambda tensor: order[tensor.name])
+    ranked = [tensor for tensor in routed if tensor.extract.over == "model"]
+    elected = [tensor for tensor in routed if tensor.extract.mode == "emr"]
     with open_files(info.file for info in work.placed.values()) as descriptors:
-        return common_limits(_extraction(work, descriptors), routed, work.budget.workers, work.advance)
+        job = _extraction(work, descriptors)
+        limits = common_limits(job, ranked, work.budget.workers, work.advance)
+        return Common(limits, common_scales(job, elected, work.budget.workers, work.advance))
 
 
 @dataclass
@@ -314,6 +329,8 @@ def _gathered(work: Work) -> Written:
         for path, tensor, digest in facts["seen"]:
             work.seen.add(Path(path), tensor, digest)
         for expert, each in facts["stored"].items():
+            if expert == SHARED:
+                continue
             kept[expert] |= {name: Kept(**stored["kept"]) for name, stored in each.items()}
     empty = [tensor.name for batch in batches for tensor in batch.tensors if not tensor.size]
     dense |= dict.fromkeys(empty, fold(()))

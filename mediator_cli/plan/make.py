@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
-from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.gguf_file import gguf_notice
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
 from mediator_cli.checkpoint.hub.find import ONLINE, Access
@@ -16,15 +14,22 @@ from mediator_cli.checkpoint.layout import natural_key, place_of, unit_of
 from mediator_cli.checkpoint.source import side_files, weight_files
 from mediator_cli.checkpoint.vocabulary import is_tokenizer_file
 from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_mean
+from mediator_cli.plan.adapters import base_notices, merges_adapters, plan_adapters
+from mediator_cli.plan.align import plan_align, with_align
 from mediator_cli.plan.differences import find_differences
 from mediator_cli.plan.keep import check_kept, find_kept
 from mediator_cli.plan.model import Plan, TensorPlan
-from mediator_cli.plan.overrides import check_methods, check_overrides, resolve_settings
+from mediator_cli.plan.moments import check_moments, with_moments
+from mediator_cli.plan.overrides import check_methods, check_overrides, resolve_settings, tell_unmatched
 from mediator_cli.plan.router import check_router, check_router_base, resolve_router
+from mediator_cli.plan.slice_checks import check_stack
+from mediator_cli.plan.slice_settings import check_slices, with_slices
+from mediator_cli.plan.slices import kept_in, stack_layers, with_stack
 from mediator_cli.plan.sources import check_experts_alone, open_base, open_experts
 from mediator_cli.plan.tokens.match import VocabularyPlan, plan_vocabulary
 from mediator_cli.plan.tokens.settings import find_token_settings
-from mediator_cli.plan.tokens.tensors import with_rows
+from mediator_cli.plan.tokens.templates import chosen_template
+from mediator_cli.plan.tokens.tensors import roles_of, with_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -46,32 +51,49 @@ def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
 
     Raises RecipeError or CheckpointError with every problem found, ordered by line.
     """
+    given, loaded = loaded, with_slices(loaded)
     methods, problems = check_methods(loaded)
+    problems += check_slices(loaded, [each.method for each in methods])
+    if loaded.recipe.slices and problems:
+        raise RecipeError(loaded.ordered([*problems, *loaded.problems]))
+    if merges_adapters(methods):
+        return plan_adapters(loaded, methods, [*problems, *loaded.problems], access)
     problems += [*loaded.problems, *_check_experts(loaded, methods), *check_router(loaded)]
+    problems += check_moments(loaded, methods)
     try:
         base = open_base(loaded, access)
         kept = find_kept(loaded, base)
-        problems += check_overrides(loaded, base.tensors, kept.names)
-        settings, faults = resolve_settings(loaded, base, kept.names)
-        problems += [fault for fault in faults if fault not in problems]
         experts, faults = open_experts(loaded, base, kept, access)
+        stack = stack_layers(loaded, base, experts, [*problems, *faults])
+        shape, kept = (stack.shape, kept_in(stack, loaded)) if stack else (base, kept)
+        problems += check_overrides(loaded, shape.tensors, kept.names, stack)
+        settings, errors = resolve_settings(loaded, shape, kept.names, stack)
+        problems += [error for error in errors if error not in problems]
+        problems += check_stack(loaded, stack, settings, kept.names) if stack else []
         problems += check_kept(loaded, {*base.tensors, *(name for expert in experts for name in expert.tensors)})
         problems += [*faults, *_check_names(loaded, base), *_check_tokenizer(loaded, base, experts)]
         problems += check_router_base(loaded, base, tokenizer_folder(loaded, base, experts))
         vocabulary = VocabularyPlan() if faults else plan_vocabulary(loaded, base, experts, kept.names)
         problems += vocabulary.problems
+        template, faults = chosen_template(loaded, _folders(base, experts).values())
+        problems += faults
+        align, faults = plan_align(loaded, base, experts, kept.names)
+        problems += faults
     except CheckpointError as error:
         raise CheckpointError(
             loaded.ordered([*problems, *error.problems, *check_experts_alone(loaded, access)])
         ) from None
     if problems:
         raise RecipeError(loaded.ordered(problems))
-    return _assemble(loaded, base, tuple(experts), methods, settings, kept, vocabulary)
+    plan = _assemble(loaded, shape, tuple(experts), methods, settings, kept, vocabulary)
+    said = (*plan.notices, *loaded.notices, *tell_unmatched(loaded, shape.tensors, stack))
+    plan = replace(plan, loaded=given, notices=said, chat_template=template)
+    return with_moments(with_align(with_stack(plan, base, stack), align), access)
 
 
 def _check_experts(loaded: LoadedRecipe, methods: Sequence[GradedMethod]) -> Iterator[Problem]:
     experts = loaded.recipe.experts
-    for resolved in methods:
+    for resolved in methods if not loaded.recipe.slices else ():
         fewest, most = resolved.method.n_inputs
         if len(experts) < fewest or (most is not None and len(experts) > most):
             wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
@@ -123,7 +145,9 @@ def _assemble(
 ) -> Plan:
     planned = (_tensor_plan(loaded, base, name, settings[name]) for name in sorted(base.tensors, key=natural_key))
     resized = (_with_rows(tensor, vocabulary.rows.get(tensor.name)) for tensor in planned)
-    tensors = tuple(replace(tensor, average=None) if tensor.name in kept.names else tensor for tensor in resized)
+    roles = roles_of(base.tensors, base.config)
+    fitted = (replace(tensor, role=roles.get(tensor.name, "linear")) for tensor in resized)
+    tensors = tuple(replace(tensor, average=None) if tensor.name in kept.names else tensor for tensor in fitted)
     folder = tokenizer_folder(loaded, base, experts) or base.path
     tokens = find_token_settings(base, folder, vocabulary)
     units = tuple(dict.fromkeys(tensor.unit for tensor in tensors if tensor.average is not None))
@@ -181,25 +205,11 @@ def _notices(
             yield said
     for expert in experts:
         yield from expert.notices
-        source = expert.source
-        if isinstance(source, Adapter) and not _same_base(source.base_name, loaded.recipe.base, base.path):
-            yield f"adapter {expert.name} names base '{source.base_name}', the recipe's base is '{loaded.recipe.base}'"
         if expert.kind == "full" and weight_files(expert.tensors) == weight_files(base.tensors):
             yield f"expert {expert.name} is the base itself"
+    yield from base_notices(loaded, base, experts)
     if loaded.recipe.output.dtype == "base" and any(info.dtype == "F64" for info in base.tensors.values()):
         yield "float64 tensors of the base are merged and written in float32"
     weighted = len({e.weight for e in experts}) > 1 or any(override.weights for override in loaded.recipe.overrides)
     if weighted and any(not resolved.method.uses_weights for resolved in methods):
         yield "expert weights are ignored by " + ", ".join(m.method.name for m in methods if not m.method.uses_weights)
-
-
-def _same_base(named: str, written: str, folder: Path) -> bool:
-    """Whether the base that an adapter names is the recipe's: an id, a copy of it, or a folder called the same."""
-    plain = written.rstrip("/").split("@")[0]
-    return named in ("", written, plain, str(folder)) or _last_part(named) in (_last_part(plain), folder.name.lower())
-
-
-def _last_part(model: str) -> str:
-    """Give the name of a model without its owner or folder; that of a snapshot in the Hub's cache is not its commit."""
-    cached = re.search(r"models--[^/]+--([^/]+)/snapshots/", model)
-    return (cached[1] if cached else model.rstrip("/").split("/")[-1]).lower()

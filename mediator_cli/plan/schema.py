@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mediator_cli.methods.registry import Method, methods
+from mediator_cli.methods.method import Method
+from mediator_cli.methods.registry import methods
 from mediator_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ def recipe_schema() -> dict[str, Any]:
     for name, method in known.items():
         defs[f"average_{name}"] = _average(method)
     defs["average_change"] = _change(known.values())
-    in_overrides = defs["OverrideSpec"]["properties"]["average"]
-    in_overrides["anyOf"] = [{"$ref": "#/$defs/AverageSpec"}, {"$ref": "#/$defs/average_change"}]
+    for name in ("OverrideSpec", "SliceOverride", "SliceSpec"):
+        in_overrides = defs[name]["properties"]["average"]
+        in_overrides["anyOf"] = [{"$ref": "#/$defs/AverageSpec"}, {"$ref": "#/$defs/average_change"}]
     defs["DenoiseSpec"] = {"anyOf": [{"const": "none"}, defs["DenoiseSpec"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mediator recipe", **schema}
 
@@ -62,9 +64,16 @@ def _change(known: Iterable[Method]) -> dict[str, Any]:
 
 def _parameters(method: Method) -> dict[str, Any]:
     own = method.schema.model_json_schema().get("properties", {})
-    return {
+    graded = {
         name: _graded(parameter) if parameter.get("type") == "number" else parameter for name, parameter in own.items()
     }
+    return {name: _own(form) if name in method.per_expert else form for name, form in graded.items()}
+
+
+def _own(parameter: dict[str, Any]) -> dict[str, Any]:
+    """Allow values by expert where experts may differ in a number."""
+    forms = parameter["anyOf"]
+    return {**parameter, "anyOf": [*forms, {"type": "object", "additionalProperties": {"anyOf": forms}}]}
 
 
 def _graded(parameter: dict[str, Any]) -> dict[str, Any]:

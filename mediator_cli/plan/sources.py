@@ -11,6 +11,7 @@ from mediator_cli.checkpoint.source import Checkpoint, find_location, is_adapter
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.plan.fit import Fit, fit_expert, own_tensors
 from mediator_cli.plan.model import ExpertSource
+from mediator_cli.plan.slices import fitting_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,8 @@ def open_experts(
             continue
         fit = Fit()
         if not isinstance(source, Adapter):
-            fit = fit_expert(place, spec.name, base, source, kept.names, loaded.recipe.keep_base or ())
+            like = fitting_base(loaded, base, source)
+            fit = fit_expert(place, spec.name, like, source, kept.names, loaded.recipe.keep_base or ())
         problems += fit.problems
         experts.append(ExpertSource(spec.name, spec.weight, source, prompts, fit.layout, fit.notices))
     return experts, problems

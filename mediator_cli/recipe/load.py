@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +12,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
-from mediator_cli.recipe.mergekit import from_mergekit, is_mergekit
+from mediator_cli.recipe.mergekit.translate import from_mergekit, is_mergekit
 from mediator_cli.recipe.prune import prune
 from mediator_cli.recipe.router import POLICY_FIELDS
 from mediator_cli.recipe.schema import RULE_FIELDS, Recipe
+from mediator_cli.recipe.text import Document, FieldPath, Loader, compose_all, line_of, place_of, read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from pydantic.fields import FieldInfo
 
-FieldPath = tuple[str | int, ...]
-_MAX_BYTES = 1_000_000
-_MAX_FIELDS = 100_000
-_MAX_DEPTH = 20
 _SHARED_FIELDS: Mapping[FieldPath, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {("assign",): RULE_FIELDS, ("router", "policy"): POLICY_FIELDS}
 )
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class LoadedRecipe:
     """A recipe, the text that it came from, and the line of every field in it; 0 for what the command line set.
 
     With `problems` of form, `recipe` is what is left without the faulty fields: fit to be checked, not to be merged.
+    `notices` tell what was read otherwise than written. `written` says where fields stand that were made of others.
     """
 
     recipe: Recipe
@@ -46,10 +43,13 @@ class LoadedRecipe:
     lines: Mapping[FieldPath, int]
     changes: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    notices: tuple[str, ...] = ()
+    written: Mapping[FieldPath, FieldPath] = field(default_factory=dict)
 
     def place(self, *field: str | int) -> str:
         """Say where a field stands: `recipe.yaml:12 assign.rule`."""
-        return place_of(self.path, self.lines, field)
+        known = next((field[:n] for n in range(len(field), 0, -1) if field[:n] in self.written), ())
+        return place_of(self.path, self.lines, (*self.written.get(known, ()), *field[len(known) :]))
 
     def resolve(self, source: str) -> Path:
         """Return the path that the recipe means: relative ones start at the recipe's folder."""
@@ -63,25 +63,6 @@ class LoadedRecipe:
             return int(found[1]) if found else 0
 
         return sorted(problems, key=line)
-
-
-def place_of(path: Path, lines: Mapping[FieldPath, int], field: FieldPath) -> str:
-    """Name file, line and field; a field that is not in the file gets the line of its nearest parent."""
-    line = _line_of(lines, field)
-    return f"{path}:{line} {dotted(field)}".rstrip() if line else f"--set {dotted(field)}"
-
-
-def _line_of(lines: Mapping[FieldPath, int], field: FieldPath) -> int:
-    return next((lines[field[:n]] for n in range(len(field), -1, -1) if field[:n] in lines), 1)
-
-
-def dotted(field: Sequence[str | int]) -> str:
-    """Write a field path as a reader would.
-
-    >>> dotted(("experts", 1, "name"))
-    'experts[1].name'
-    """
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in field).lstrip(".")
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
@@ -102,108 +83,30 @@ def load_partly(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
 
     `make_plan` then reports form, meaning and headers together. Raises RecipeError where nothing else can be checked.
     """
-    return parse_partly(path, _read_text(path), changes)
+    return parse_partly(path, read_text(path), changes)
 
 
 def parse_partly(path: Path, text: str, changes: Sequence[str] = ()) -> LoadedRecipe:
     """Read a recipe's text as if it stood in the file `path`; like `load_partly`, but nothing needs to be on disk."""
-    node = _compose(path, text)
-    lines: dict[FieldPath, int] = {(): 1}
-    problems = list(_walk(path, node, (), lines))
-    if problems:
-        raise RecipeError(problems)
-    data = _construct(path, node)
+    documents = compose_all(path, text)
+    if len(documents) > 1:
+        message = f"the file holds {len(documents)} merges"
+        hint = "`mediator merge` carries them out one after the other; all else takes a file with one"
+        raise RecipeError(Problem(documents[1].place(), message, hint))
+    return parse_document(documents[0], documents[0].data, changes)
+
+
+def parse_document(document: Document, data: dict[str, Any], changes: Sequence[str] = ()) -> LoadedRecipe:
+    """Check a document's data, which may have been changed since it was read."""
+    path, text, lines = document.path, document.text, dict(document.lines)
+    notices: tuple[str, ...] = ()
     if is_mergekit(data):
         written = lines
-        data, lines = from_mergekit(data, written, lambda *field: place_of(path, written, field))
+        data, lines, notices = from_mergekit(data, written, lambda *field: place_of(path, written, field))
     # A new rule or method drops what belonged to the old one, so it goes before changes of its own fields.
     for change in sorted(changes, key=lambda text: not _chooses(text)):
         lines = _lines_after(lines, _apply_change(data, change))
-    return _validate(path, text, data, lines, tuple(changes))
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader whose floats follow YAML 1.2, so that `1e-3` is a number, and whose errors all have a line."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 - YAML data
-        try:
-            return super().construct_object(node, deep)
-        except ValueError as error:
-            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.is_file() and path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(Problem(str(path), "is larger than 1 MB", "is this a recipe?"))
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(Problem(str(path), "is not UTF-8 text", "save it as UTF-8")) from None
-    except OSError as error:
-        reason = (error.strerror or "unreadable").lower()
-        raise RecipeError(Problem(str(path), f"cannot read the recipe: {reason}", "check the path")) from None
-
-
-def _compose(path: Path, text: str) -> yaml.Node:
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        raise _broken(path, error) from None
-    except yaml.reader.ReaderError as error:
-        place = f"{path}:{text.count(chr(10), 0, error.position) + 1}"
-        raise RecipeError(Problem(place, f"broken YAML: {error.reason}", "check for control characters")) from None
-    except RecursionError:
-        raise RecipeError(Problem(str(path), "is nested too deeply", "is this a recipe?")) from None
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(Problem(f"{path}:1", "a recipe is a mapping of fields", "start with `version: 1`"))
-    return node
-
-
-def _broken(path: Path, error: yaml.MarkedYAMLError) -> RecipeError:
-    line = error.problem_mark.line + 1 if error.problem_mark else 1
-    message = f"broken YAML: {error.problem or error.context}"
-    return RecipeError(Problem(f"{path}:{line}", message, "check indentation, quotes and colons"))
-
-
-def _construct(path: Path, node: yaml.Node) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = _Loader("").construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        raise _broken(path, error) from None
-    return data
-
-
-def _walk(path: Path, node: yaml.Node, field: FieldPath, lines: dict[FieldPath, int]) -> Iterator[Problem]:
-    line = node.start_mark.line + 1
-    if len(field) > _MAX_DEPTH or len(lines) > _MAX_FIELDS:
-        raise RecipeError(Problem(f"{path}:{line}", "is nested too deeply", "does an alias refer to itself?"))
-    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        yield Problem(f"{path}:{line}", f"YAML tag {node.tag} is not allowed", "write plain values")
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*field, index)] = item.start_mark.line + 1
-            yield from _walk(path, item, (*field, index), lines)
-    elif isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield from _check_key(path, key, field, lines)
-            inner = (*field, str(key.value))
-            lines[inner] = key.start_mark.line + 1
-            yield from _walk(path, value, inner, lines)
-
-
-def _check_key(path: Path, key: yaml.Node, field: FieldPath, lines: Mapping[FieldPath, int]) -> Iterator[Problem]:
-    line, inner = key.start_mark.line + 1, (*field, str(key.value))
-    if key.tag not in _KEY_TAGS:
-        yield Problem(f"{path}:{line} {dotted(field)}".rstrip(), "a key is not a text", "quote it, or mend its name")
-    elif inner in lines:
-        yield Problem(
-            f"{path}:{line} {dotted(inner)}", f"given twice, first in line {lines[inner]}", "keep one of them"
-        )
+    return replace(_validate(path, text, data, lines, tuple(changes)), notices=notices)
 
 
 def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
@@ -214,7 +117,7 @@ def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
         raise RecipeError(Problem(place, "is not field=value", "write for example --set assign.rule=all"))
     field: FieldPath = tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in parts)
     try:
-        value = yaml.load(raw, Loader=_Loader)
+        value = yaml.load(raw, Loader=Loader)
     except yaml.YAMLError:
         raise RecipeError(Problem(place, "the value is not YAML", "quote it")) from None
     target: Any = data
@@ -274,7 +177,7 @@ def _validate(
 
 def _problem(path: Path, lines: dict[FieldPath, int], item: Any) -> tuple[int, Problem]:  # noqa: ANN401 - pydantic's dict
     field: FieldPath = tuple(item["loc"])
-    line, place = _line_of(lines, field), place_of(path, lines, field)
+    line, place = line_of(lines, field), place_of(path, lines, field)
     if item["type"] == "extra_forbidden":
         hint = did_you_mean(str(field[-1]), _fields_at(field[:-1]))
         return line, Problem(place, f"unknown key '{field[-1]}'", hint)

@@ -13,13 +13,13 @@ _HARMLESS: dict[str, Any] = {"version": 1, "assign": {"rule": "none"}}
 
 
 def prune(data: dict[str, Any], faults: Iterable[tuple[str | int, ...]]) -> dict[str, Any] | None:
-    """Return a copy of a recipe's data without the fields at `faults`; None if the sources themselves are unclear.
+    """Return a copy of a recipe's data without the fields at `faults`; None if sources or slices are unclear.
 
     Experts keep their places in the list, so that line numbers stay right; a faulty name gets a stand-in.
     """
     kept = deepcopy(data)
     for fault in faults:
-        if not fault or fault[0] == "base":
+        if not fault or fault[0] in ("base", "slices"):
             return None
         if fault[0] == "experts":
             if not _prune_expert(kept.get("experts"), fault[1:]):
@@ -49,6 +49,10 @@ def _prune_leaf(data: dict[str, Any], fault: tuple[str | int, ...]) -> None:
     """Remove the field; a fault of a whole section, or inside a list, removes the section."""
     section = data.get(str(fault[0]))
     leaf = fault[-1]
+    if fault == ("extract", "mode"):
+        # What the others may be depends on it.
+        data.pop("extract", None)
+        return
     if len(fault) == 2 and isinstance(section, dict) and leaf in section:
         del section[leaf]
     else:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from mediator_cli.recipe.align import AlignSpec
+from mediator_cli.recipe.average import AverageSpec
 from mediator_cli.recipe.layers import Graded, Layers
+from mediator_cli.recipe.modes import Directions, ExtractMode, MaskLambda, ScaleOver, mode_faults
 from mediator_cli.recipe.router import RouterSpec
 from mediator_cli.recipe.sizes import parse_size
+from mediator_cli.recipe.slices import WITH_SLICES, SliceSpec
 from mediator_cli.recipe.strict import Finite, Fraction, Strict
+from mediator_cli.recipe.tokens import TokenSpec
 
 Unit = Literal["layer", "block", "tensor"]
 Measure = Literal["sign", "any_sign", "cosine"]
@@ -42,6 +48,14 @@ class ExpertSpec(Strict):
     ] = 1.0
     prompts: Annotated[
         str | None, Field(description="JSON lines with a `prompt` each; the router is fitted on them.")
+    ] = None
+    second_moments: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Adam's second moments (exp_avg_sq) of this expert, under the base's tensor names: a file of "
+            "safetensors, or a folder with one. For methods that weigh by them.",
+        ),
     ] = None
 
 
@@ -148,25 +162,6 @@ class AssignSpec(Strict):
         return self
 
 
-class AverageSpec(BaseModel):
-    """A merge method and its parameters; which parameters exist is the method's business."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    method: Annotated[str, Field(description="Name of a merge method; `mediator methods` lists them.")] = "linear"
-    preset: Annotated[str | None, Field(description="Named defaults of the method, such as `mergekit`.")] = None
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The method's own parameters as written."""
-        return dict(self.model_extra or {})
-
-    @property
-    def names_method(self) -> bool:
-        """Whether the method was written; in an override, parameters alone change those of the method that applies."""
-        return "method" in self.model_fields_set
-
-
 Rescale = Annotated[
     bool | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
     Field(
@@ -177,8 +172,17 @@ Rescale = Annotated[
 
 
 class ExtractSpec(Strict):
-    """How the experts of routed units are stored: one dense expert and a sparse delta for each."""
+    """How the experts of routed units are stored: one dense expert, and what each adds to it."""
 
+    mode: Annotated[
+        ExtractMode,
+        Field(
+            description="sparse: a share of the entries of each delta. sign: one bit an entry and a scale (BitDelta). "
+            "emr: one elected task vector, and for each expert a bit an entry and a scale (EMR-Merging). "
+            "tall_mask: the sum of all deltas, and for each expert a bit an entry (TALL-masks). "
+            "basis: the mean delta and a few directions, and for each expert some numbers."
+        ),
+    ] = "sparse"
     dense: Annotated[
         Literal["average", "base"], Field(description="The dense expert: the merged tensor or the base's.")
     ] = "average"
@@ -193,7 +197,27 @@ class ExtractSpec(Strict):
     ] = "tensor"
     select: Annotated[Literal["magnitude", "random"], Field(description="Which entries are kept.")] = "magnitude"
     rescale: Rescale = None
-    values: Annotated[ValueCodec, Field(description="How kept values are stored.")] = "sign"
+    values: Annotated[
+        ValueCodec,
+        Field(
+            description="How kept values, or arrays that experts share, are stored; arrays as bf16 where none is given."
+        ),
+    ] = "sign"
+    scale: ScaleOver | None = None
+    mask_lambda: MaskLambda | None = None
+    directions: Directions | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit_mode(self) -> ExtractSpec:
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        if faults := list(mode_faults(self.mode, self.dense, given, self.written_values)):
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def written_values(self) -> ValueCodec | None:
+        """How values are stored if the recipe says it; None where its default would stand for another mode."""
+        return self.values if "values" in self.model_fields_set else None
 
     @model_validator(mode="after")
     def _ranks_what_is_ranked(self) -> ExtractSpec:
@@ -205,10 +229,14 @@ class ExtractSpec(Strict):
 class OverrideExtract(Strict):
     """The extract fields that an override may set; density and select also end `over: model` for its tensors."""
 
+    mode: ExtractMode | None = None
     density: Fraction | None = None
     select: Literal["magnitude", "random"] | None = None
     rescale: Rescale = None
     values: ValueCodec | None = None
+    scale: ScaleOver | None = None
+    mask_lambda: MaskLambda | None = None
+    directions: Directions | None = None
 
 
 class OverrideSpec(Strict):
@@ -228,6 +256,7 @@ class OverrideSpec(Strict):
     weights: Annotated[
         dict[str, Graded] | None, Field(min_length=1, description="Merge coefficients of some experts, by name.")
     ] = None
+    optional: Annotated[bool, Field(description="Whether it may match nothing.")] = False
 
     @model_validator(mode="after")
     def _sets_something(self) -> OverrideSpec:
@@ -235,11 +264,8 @@ class OverrideSpec(Strict):
             raise ValueError("an override needs match or layers")
         if self.average is None and self.extract is None and self.weights is None:
             raise ValueError("an override needs average, extract or weights")
-        if self.average is not None and not self.average.names_method:
-            if self.average.preset is not None:
-                raise ValueError("a preset replaces all parameters of its method; name the method too")
-            if not self.average.params:
-                raise ValueError("average sets nothing; give a method or parameters")
+        if self.average is not None:
+            self.average.check_change()
         return self
 
 
@@ -267,8 +293,20 @@ class Recipe(Strict):
             description="Model that all experts were tuned from: a folder, or org/name[@revision] on the Hub.",
         ),
     ]
+    slices: Annotated[
+        tuple[SliceSpec, ...],
+        Field(strict=False, description="The layers of the output, slice by slice, from ranges of sources' layers."),
+    ] = ()
+    outside: Annotated[
+        str,
+        Field(
+            description="With slices, where tensors outside the layers come from. slices: embeddings as in the first "
+            "slice, all others as in the last. average: all experts merged. base or an expert's name: copied."
+        ),
+    ] = WITH_SLICES
     experts: Annotated[
-        tuple[ExpertSpec, ...], Field(strict=False, min_length=1, description="The fine-tunes to merge, in order.")
+        tuple[ExpertSpec, ...],
+        Field(strict=False, description="The fine-tunes to merge, in order; may be none where slices are of the base."),
     ]
     keep_base: Annotated[
         tuple[str, ...] | None,
@@ -278,6 +316,9 @@ class Recipe(Strict):
             "them or have others. Default: none, but all outside the language part of a model that also sees or hears.",
         ),
     ] = None
+    align: Annotated[
+        AlignSpec | None, Field(description="How the experts' hidden units are put in one order first; default: not.")
+    ] = None
     conflict: ConflictSpec = ConflictSpec()
     assign: AssignSpec = AssignSpec(rule="all", candidates="layers")
     average: AverageSpec = AverageSpec()
@@ -285,6 +326,13 @@ class Recipe(Strict):
     overrides: Annotated[
         tuple[OverrideSpec, ...], Field(strict=False, description="Other settings for some tensors; later ones win.")
     ] = ()
+    anchors: Annotated[
+        Literal["near", "first"],
+        Field(
+            description="Where tensors outside the layers stand in lists of anchors. near: embeddings at the first, "
+            "all others at the last. first: all at the first."
+        ),
+    ] = "near"
     router: Annotated[
         RouterSpec | None,
         Field(description="How the router is made; without it, by defaults where all experts have prompts."),
@@ -297,12 +345,29 @@ class Recipe(Strict):
             "win. union: the base's, and behind its tokens those that experts add.",
         ),
     ] = "base"
+    tokens: Annotated[
+        dict[str, TokenSpec],
+        Field(default_factory=dict, description="Rows of single tokens, by their text; new ones are added."),
+    ]
+    pad_tokens_to: Annotated[
+        int | None, Field(ge=1, description="Rows of tokens are made a multiple of this number; those beyond are zero.")
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="auto: what most sources have. chatml, llama3, mistral, alpaca or exaone: these formats. Else "
+            "the template's own text. Default: that of the tokenizer.",
+        ),
+    ] = None
     output: OutputSpec = OutputSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of everything random.")] = 0
 
     @field_validator("experts")
     @classmethod
-    def _names_are_unique(cls, experts: tuple[ExpertSpec, ...]) -> tuple[ExpertSpec, ...]:
+    def _names_are_unique(cls, experts: tuple[ExpertSpec, ...], info: ValidationInfo) -> tuple[ExpertSpec, ...]:
+        if not experts and not info.data.get("slices"):
+            raise PydanticCustomError("too_short", "Tuple should have at least 1 item after validation, not 0")
         names = [expert.name.lower() for expert in experts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expert names must differ, also on disks that ignore case: {', '.join(twice)}")
@@ -318,6 +383,12 @@ class Recipe(Strict):
         if kind == "expert" and experts is not None and name not in [expert.name for expert in experts]:
             raise ValueError(f"tokenizer names no expert: '{name}'")
         return tokenizer
+
+    @model_validator(mode="after")
+    def _outside_is_of_slices(self) -> Recipe:
+        if not self.slices and "outside" in self.model_fields_set:
+            raise ValueError("`outside` goes with `slices`")
+        return self
 
     @property
     def tokenizer_of(self) -> str:

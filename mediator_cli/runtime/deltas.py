@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mediator_cli.bundle.deltas import mix_deltas
+from mediator_cli.bundle.deltas import SparseDelta, mix_deltas
+from mediator_cli.bundle.sparse_file import STORED_AS
+from mediator_cli.checkpoint.header import DTYPE_BYTES
+from mediator_cli.runtime.gated import stack_gates, turned
 from mediator_cli.runtime.stack import stack_deltas, transpose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mediator_cli.bundle.deltas import SparseDelta
+    from mediator_cli.bundle.deltas import Delta
     from mediator_cli.bundle.read import Bundle
+    from mediator_cli.runtime.gated import GatedStack
     from mediator_cli.runtime.stack import Stack
 
 _STACKED_BYTES = 8
@@ -37,12 +41,34 @@ class Deltas:
         return tuple(expert if expert in sparse and self.name in sparse[expert].tensors else None for expert in experts)
 
     @property
+    def is_gated(self) -> bool:
+        """Whether experts keep all entries of the tensor and not a list of them.
+
+        Raises BundleError where some do and others do not.
+        """
+        kept = [self.bundle.experts[expert] for expert in self.keepers if expert]
+        ways = {(spec.is_gated, spec.values, spec.index) for spec in (each.tensors[self.name] for each in kept)}
+        if len(ways) > 1 and any(is_gated for is_gated, *_ in ways):
+            raise kept[-1].file_of(self.name).fault(self.name, "is stored in another way than by other experts")
+        return any(is_gated for is_gated, *_ in ways)
+
+    @property
     def stack_bytes(self) -> int:
         """Count about how many bytes the stack of a matrix takes."""
+        if self.is_gated:
+            return self._gated_bytes()
         kept = (self.bundle.experts[expert].tensors[self.name].n_kept for expert in self.keepers if expert)
         return sum(kept) * _STACKED_BYTES
 
-    def read(self, expert: str) -> SparseDelta:
+    def _gated_bytes(self) -> int:
+        first = next(self.bundle.experts[expert] for expert in self.keepers if expert)
+        spec = first.tensors[self.name]
+        has_bits = spec.values == "sign" or spec.index == "bitmap"
+        stored = None if first.shared is None else first.shared.tensors.get(self.name)
+        width = 0 if spec.values != "shared" or stored is None else DTYPE_BYTES[STORED_AS[stored.values]]
+        return spec.size * (has_bits * -(-len(self.keepers) // 8) + spec.n_shared * width)
+
+    def read(self, expert: str) -> Delta:
         """Decode one expert's delta; raise BundleError when it is damaged."""
         return self.bundle.delta(expert, self.name)
 
@@ -53,20 +79,34 @@ class Deltas:
         ]
         return mix_deltas(dense, used)
 
-    def stack(self, device: torch.device) -> Stack:
+    def stack(self, device: torch.device) -> Stack | GatedStack:
         """Stack the deltas of a matrix, as [out, in]."""
         n_rows, n_columns = self.bundle.tensors[self.name].shape
-        deltas = [self.read(name) if name else None for name in self.keepers]
+        if self.is_gated:
+            gated = self._stack_gates((n_rows, n_columns), device)
+            return turned(gated) if self.transposed else gated
+        deltas = [self._sparse(name) if name else None for name in self.keepers]
         if not self.transposed:
             return stack_deltas(deltas, (n_rows, n_columns), device)
-        turned = [None if delta is None else transpose(delta, (n_rows, n_columns)) for delta in deltas]
-        return stack_deltas(turned, (n_columns, n_rows), device)
+        others = [None if delta is None else transpose(delta, (n_rows, n_columns)) for delta in deltas]
+        return stack_deltas(others, (n_columns, n_rows), device)
+
+    def _sparse(self, expert: str) -> SparseDelta:
+        delta = self.read(expert)
+        if not isinstance(delta, SparseDelta):
+            raise TypeError(type(delta).__name__)
+        return delta
+
+    def _stack_gates(self, shape: tuple[int, int], device: torch.device) -> GatedStack:
+        experts = [self.bundle.experts[name] if name else None for name in self.keepers]
+        first = next(expert for expert in experts if expert is not None)
+        gates = [None if expert is None else expert.gate(self.name) for expert in experts]
+        return stack_gates(gates, first.shared_arrays(self.name), shape, device)
 
     def rows(self) -> torch.Tensor:
         """Decode the deltas of a vector into float32 [experts, n]."""
         rows = torch.zeros(len(self.keepers), *self.bundle.tensors[self.name].shape)
         for row, name in zip(rows, self.keepers, strict=True):
             if name:
-                delta = self.read(name)
-                row[delta.positions] = delta.values
+                row[:] = self.read(name).flat().view(row.shape)
         return rows

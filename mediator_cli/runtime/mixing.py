@@ -71,6 +71,13 @@ class Part:
         return tuple(torch.nonzero(self.weights.any(0)).flatten().tolist())
 
     @cached_property
+    def mixtures(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """List the different mixtures [experts] that are not the dense expert, each with the rows [k] that have it."""
+        found, which = torch.unique(self.weights, dim=0, return_inverse=True)
+        pairs = ((mixture, torch.nonzero(which == at).flatten()) for at, mixture in enumerate(found))
+        return tuple((mixture, rows) for mixture, rows in pairs if bool(mixture.any()))
+
+    @cached_property
     def is_uniform(self) -> bool:
         """Tell whether all rows have one mixture."""
         return bool((self.weights == self.weights[:1]).all())

@@ -16,14 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.forms import call_with, form_of, takes_rows
-from mediator_cli.runtime.stack import slice_stack, sparse_product, sparse_rows
+from mediator_cli.runtime.gated import GatedStack, gated_product, gated_rows
+from mediator_cli.runtime.stack import Stack, slice_stack, sparse_product, sparse_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mediator_cli.runtime.deltas import Deltas
     from mediator_cli.runtime.mixing import Part
-    from mediator_cli.runtime.stack import Slice, Stack
+    from mediator_cli.runtime.stack import Slice
 
 
 @dataclass
@@ -35,23 +36,33 @@ class Matrix:
 
     deltas: Deltas
     keeps: bool = True
-    stack: Stack | None = None
+    stack: Stack | GatedStack | None = None
     slices: dict[tuple[int, int], Slice] = field(default_factory=dict)
 
-    def stacked(self, device: torch.device) -> Stack:
+    def stacked(self, device: torch.device) -> Stack | GatedStack:
         """Return the stack, made anew unless it is kept."""
         stack = self.deltas.stack(device) if self.stack is None else self.stack
         if self.keeps:
             self.stack = stack
         return stack
 
-    def slice(self, used: tuple[int, ...], device: torch.device) -> Slice:
-        """Return the part of the stack that holds the experts used."""
-        key = (used[0], used[-1])
-        found = self.slices.get(key) or slice_stack(self.stacked(device), used)
+    def product(self, tokens: torch.Tensor, part: Part) -> torch.Tensor:
+        """Compute Σ weight · delta · x for a part in float32: tokens [columns, tokens] → [rows, tokens]."""
+        found = self.slices.get((part.used[0], part.used[-1])) or self.stacked(tokens.device)
+        if isinstance(found, GatedStack):
+            return gated_product(found, tokens, part)
+        if isinstance(found, Stack):
+            found = slice_stack(found, part.used)
         if self.keeps:
-            self.slices[key] = found
-        return found
+            self.slices[part.used[0], part.used[-1]] = found
+        return sparse_product(found, tokens, part.scales(found.first, found.count, tokens.shape[1]))
+
+    def rows(self, indices: torch.Tensor, part: Part) -> torch.Tensor:
+        """Mix single rows of the deltas: indices [tokens] → float32 [tokens, columns]."""
+        stack = self.stacked(indices.device)
+        if isinstance(stack, GatedStack):
+            return gated_rows(stack, indices, part)
+        return sparse_rows(stack, indices, _per_token(part.weights, len(indices)))
 
 
 @dataclass
@@ -71,9 +82,7 @@ class Mixer:
         """Add the sparse experts' share for x [rows, …, columns] to y [rows, …, n]; summed in float32, rounded once."""
         if self.matrix is None or not part.used:
             return y
-        tokens = part.tokens(x)
-        found = self.matrix.slice(part.used, x.device)
-        share = sparse_product(found, tokens, part.scales(found.first, found.count, tokens.shape[1]))
+        share = self.matrix.product(part.tokens(x), part)
         return (y.view(-1, y.shape[-1]) + share.t()).to(y.dtype).view(y.shape)
 
     def vector(self, name: str, dense: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -173,8 +182,7 @@ class MixedEmbedding(nn.Embedding):
             return call_with(self, {"weight": weight}, ids, forward)
         if self.mixer.matrix is None or not part.used:
             return forward(ids)
-        each = _per_token(part.weights, ids.numel())
-        share = sparse_rows(self.mixer.matrix.stacked(ids.device), ids.flatten(), each)
+        share = self.mixer.matrix.rows(ids.flatten(), part)
         rows = (self.weight[ids.flatten()].float() + share).to(self.weight.dtype)
         return call_with(self, {"weight": rows}, torch.arange(len(rows), device=ids.device).view(ids.shape), forward)
 

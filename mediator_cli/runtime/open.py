@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 1 << 30
 SWITCH_TOKENS = 128
+SWITCH_GATED = 1
+"""The same where experts are not stored sparsely: a product makes the mixed matrix anew, so keeping it always pays."""
 _DAMAGED = "fetch the bundle again or merge again"
 
 
@@ -39,14 +41,14 @@ def open_bundle(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     cache_bytes: int = CACHE_BYTES,
-    switch_tokens: int = SWITCH_TOKENS,
+    switch_tokens: int | None = None,
 ) -> RoutedModel:
     """Open a bundle as a transformers model that routes, mixes and generates.
 
     `dtype` None keeps the dtype of the dense expert. `cache_bytes` bounds the
     decoded experts and mixed matrices kept beside it;
-    `switch_tokens` is how many tokens of one mixture pay for building them. Raises BundleError or CheckpointError when
-    the bundle is damaged or holds what cannot be mixed.
+    `switch_tokens` is how many tokens of one mixture pay for building them; None for what suits the bundle. Raises
+    BundleError or CheckpointError when the bundle is damaged or holds what cannot be mixed.
     """
     bundle = read_bundle(Path(folder))
     router = read_router(bundle.path, bundle.manifest)
@@ -58,12 +60,18 @@ def open_bundle(
     if not isinstance(model, RoutedModel):
         raise TypeError(type(model).__name__)
     matrices = {mixer.name: mixer.matrix for mixer in mixers if mixer.matrix is not None}
+    is_gated = any(matrix.deltas.is_gated for matrix in matrices.values())
     stacked = sum(matrix.deltas.stack_bytes for matrix in matrices.values())
+    every = len(bundle.experts) * sum(dense[name].nbytes for name in matrices)
+    # Where products make a mixed matrix anew, one for each expert is worth more than what products need.
+    keeps = stacked + (every if is_gated and every <= cache_bytes else 0) <= cache_bytes
     for matrix in matrices.values():
-        matrix.keeps = stacked <= cache_bytes
-    cache = _cache(dense, matrices, cache_bytes - stacked if stacked <= cache_bytes else cache_bytes)
+        matrix.keeps = keeps
+    cache = _cache(dense, matrices, cache_bytes - stacked if keeps else cache_bytes)
     reader = prompt_reader(load_tokenizer(bundle.path)) if router else None
-    model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, cache, switch_tokens)
+    suits = SWITCH_GATED if is_gated else SWITCH_TOKENS
+    switch = suits if switch_tokens is None else switch_tokens
+    model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, cache, switch)
     model.state = MixState()
     model.base_model.register_forward_pre_hook(model.before_pass, with_kwargs=True)
     return model

@@ -43,7 +43,7 @@ RAW = {
     "alias bomb": (HEAD + BOMB, "recipe.yaml:3", "nested too deeply", "alias"),
     "endless brackets": ("[" * 2_000, "recipe.yaml", "nested too deeply", "is this a recipe?"),
     "list as key": (HEAD + "? [a, b]\n: 1\n", "recipe.yaml:3", "a key is not a text", "quote it"),
-    "two documents": (HEAD + EXPERTS + "---\nversion: 1\n", "recipe.yaml:4", "broken YAML", ""),
+    "two documents": (HEAD + EXPERTS + "---\nversion: 1\n", "recipe.yaml:1", "and this is none", "one recipe a file"),
     "empty file": ("", "recipe.yaml:1", "a recipe is a mapping", "version: 1"),
     "list": ("- version: 1\n", "recipe.yaml:1", "a recipe is a mapping", "version: 1"),
     "number as key": (HEAD + EXPERTS + "7: 1\n", "recipe.yaml:4", "a key is not a text", "quote it"),

@@ -11,8 +11,8 @@ from mediator_cli.bundle.manifest import read_manifest
 HEAVY = ("torch", "numba", "numpy", "transformers", "safetensors", "matplotlib")
 SLOW = ("torch", "transformers", "fsspec", "sklearn")
 COMMANDS = (
-    "init", "validate", "plan", "analyze-conflicts", "merge", "inspect", "verify", "fit-router", "route", "generate",
-    "chat", "evaluate", "ablate", "methods", "schema",
+    "init", "validate", "plan", "analyze-conflicts", "kinship", "merge", "inspect", "verify", "fit-router", "route",
+    "generate", "chat", "evaluate", "ablate", "methods", "schema", "extract-lora",
 )  # fmt: skip
 PROGRAM = """
 import sys

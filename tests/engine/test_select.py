@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.engine import select as module
-from mediator_cli.engine.select import Ranked, select
+from mediator_cli.engine.select import Ranked, select, select_signed
 from mediator_cli.engine.streams import Inputs, Piece
 from mediator_cli.engine.sweep import carry_out
 
@@ -139,3 +139,25 @@ def test_a_sample_that_does_not_mislead_needs_one_pass():
     carry_out(select(counted, [[data.size // 5]]), 1, lambda n: None)
     assert sorted(piece.start for piece in read if piece.size == BLOCK) == [piece.start for piece in stream.parts]
     assert sum(piece.size for piece in read if piece.size < BLOCK) <= module._SAMPLE
+
+
+@settings(max_examples=60)
+@given(rows, st.data())
+def test_selection_of_signed_values_equals_sorting(data, draw):
+    n, m = data.shape
+    ranks = [draw.draw(st.lists(st.integers(1, m), min_size=1, max_size=4))] * n
+    found = carry_out(select_signed(cut_rows(data, draw.draw(st.integers(-(-m // 3), m))), ranks), 1, lambda n: None)
+    for row, ks, thresholds in zip(data, ranks, found, strict=True):
+        for k, threshold in zip(ks, thresholds, strict=True):
+            exact = np.sort(row)[::-1][k - 1]
+            assert threshold.value == exact
+            assert threshold.n_above == np.count_nonzero(row > exact)
+            assert threshold.n_equal == np.count_nonzero(row == exact)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9999])
+def test_signed_values_larger_than_the_sample(share):
+    data = np.random.default_rng(0).standard_normal((2, 5 * BLOCK), np.float32)
+    k = 1 + int(share * 5 * BLOCK)
+    found = carry_out(select_signed(cut_rows(data, BLOCK), [[k]] * 2), 2, lambda n: None)
+    assert [row[0].value for row in found] == np.sort(data)[:, -k].tolist()

@@ -4,7 +4,13 @@ import pytest
 from conftest import all_files
 from shared_merge import MEASURED, OVER_MODEL, SHARDED, STATIC, merge_together
 
-RECIPES = {"ties over the model": STATIC, "conflict measured": MEASURED, "experts over the model": OVER_MODEL}
+EMR = {"assign": {"rule": "all"}, "extract": {"mode": "emr", "dense": "base"}}
+RECIPES = {
+    "ties over the model": STATIC,
+    "conflict measured": MEASURED,
+    "experts over the model": OVER_MODEL,
+    "emr": EMR,
+}
 
 
 @pytest.mark.parametrize("fields", RECIPES.values(), ids=RECIPES)

@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 import mediator_cli.methods as package
-from mediator_cli.methods.registry import ResolvedMethod, methods, resolve_method
+from mediator_cli.methods.method import ResolvedMethod
+from mediator_cli.methods.registry import methods, resolve_method
 
 METHODS = methods()
-CASES = [(name, preset) for name, method in METHODS.items() for preset in (None, *method.presets)]
+ON_TENSORS = {name: method for name, method in METHODS.items() if method.space != "adapter"}
+CASES = [(name, preset) for name, method in ON_TENSORS.items() for preset in (None, *method.presets)]
 RESOLVED = [resolve_method(name, preset, {}, str) for name, preset in CASES]
 IDS = [f"{name}-{preset or 'defaults'}" for name, preset in CASES]
 each_case = pytest.mark.parametrize("method", RESOLVED, ids=IDS)
+OF_MATRICES = {
+    name: method for name, method in zip(IDS, RESOLVED, strict=True) if method.view_of((24, 10), "linear") != "elements"
+}
+each_matrix_case = pytest.mark.parametrize("method", OF_MATRICES.values(), ids=OF_MATRICES)
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -32,6 +38,12 @@ def draw(method, m, seed=0):
     return inputs, weights, generator.random((n, m), np.float32)
 
 
+def draw_seen(method, seed=0):
+    """Matrices if the method wants to see them whole, since it may leave all else as it was; entries if not."""
+    is_whole = method.view_of((40, 25), "linear") != "elements"
+    return draw_matrices(method, 40, 25, seed) if is_whole else draw(method, 1000, seed)
+
+
 def call(method, inputs, weights, uniforms):
     return method(inputs, weights, None, uniforms)
 
@@ -45,7 +57,7 @@ def test_shape_and_dtype_are_kept(method):
 
 @each_case
 def test_the_result_depends_on_the_inputs(method):
-    assert not np.array_equal(call(method, *draw(method, 1000)), call(method, *draw(method, 1000, seed=1)))
+    assert not np.array_equal(call(method, *draw_seen(method)), call(method, *draw_seen(method, seed=1)))
 
 
 @each_case
@@ -59,7 +71,7 @@ def test_inputs_are_not_changed(method):
 @each_case
 def test_nothing_to_merge_gives_nothing(method):
     inputs, weights, uniforms = draw(method, 1000)
-    if method.method.space == "delta":
+    if method.space == "delta":
         assert np.array_equal(call(method, inputs * 0, weights, uniforms), np.zeros(1000))
     else:
         same = np.broadcast_to(inputs[:1], inputs.shape)
@@ -87,7 +99,7 @@ def test_the_order_of_experts_matters_as_declared(method):
 
 @each_case
 def test_weights_matter_as_declared(method):
-    inputs, weights, uniforms = draw(method, 1000)
+    inputs, weights, uniforms = draw_seen(method)
     other = weights * np.linspace(0.5, 2.0, len(weights))
     same = np.array_equal(call(method, inputs, weights, uniforms), call(method, inputs, other, uniforms))
     assert same != method.method.uses_weights
@@ -119,7 +131,8 @@ def test_file_function_and_registered_name_are_one(method):
 
 
 def test_every_file_registers_one_method():
-    files = [m.name for m in iter_modules(package.__path__) if not m.name.startswith("_") and m.name != "registry"]
+    others = ("registry", "method", "statistics")
+    files = [m.name for m in iter_modules(package.__path__) if not m.name.startswith("_") and m.name not in others]
     assert sorted(files) == sorted(METHODS)
 
 
@@ -207,3 +220,70 @@ def test_how_inputs_lie_in_memory_changes_no_bit(method):
     wide.flags.writeable = False
     found = call(method, wide[:, 0, :1000], weights, wide[:, 1, :1000])
     assert np.array_equal(found, call(method, inputs, weights, uniforms))
+
+
+def draw_matrices(method, rows, columns, seed=0):
+    """Matrices [n, rows, columns] as the method sees them, with weights and uniform numbers."""
+    inputs, weights, uniforms = draw(method, rows * columns, seed)
+    assert method.view_of((rows, columns), "linear") != "elements"
+    return inputs.reshape(-1, rows, columns), weights, uniforms.reshape(-1, rows, columns)
+
+
+@each_matrix_case
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (2, 2), (13, 13)])
+def test_matrices_keep_their_shape_and_stay_finite(method, shape):
+    given = draw_matrices(method, *shape)
+    copies = [array.copy() for array in given]
+    merged = call(method, *given)
+    assert merged.shape == shape
+    assert merged.dtype == np.float32
+    assert np.isfinite(merged).all()
+    assert all(np.array_equal(array, copy) for array, copy in zip(given, copies, strict=True))
+
+
+@each_matrix_case
+def test_matrices_of_nothing_give_nothing(method):
+    inputs, weights, uniforms = draw_matrices(method, 24, 10)
+    if method.space == "delta":
+        assert np.array_equal(call(method, inputs * 0, weights, uniforms), np.zeros((24, 10)))
+    else:
+        same = np.broadcast_to(inputs[:1], inputs.shape)
+        assert np.allclose(call(method, same, weights, uniforms), inputs[0], rtol=1e-5, atol=1e-6)
+
+
+@each_matrix_case
+def test_matrices_of_low_rank_stay_finite(method):
+    inputs, weights, uniforms = draw_matrices(method, 24, 10)
+    inputs = inputs[:, :, :2] @ inputs[:, :2, :]
+    inputs[0] = 0
+    inputs[-1, 3] = 0
+    assert np.isfinite(call(method, inputs, weights, uniforms)).all()
+
+
+@each_matrix_case
+def test_the_order_of_matrices_matters_as_declared(method):
+    inputs, weights, uniforms = draw_matrices(method, 24, 10)
+    turned = [array[::-1] for array in (inputs, weights, uniforms)]
+    same = np.allclose(call(method, inputs, weights, uniforms), call(method, *turned), rtol=1e-4, atol=1e-5)
+    assert same or not method.method.symmetric
+
+
+@each_matrix_case
+def test_how_matrices_lie_in_memory_changes_nothing(method):
+    inputs, weights, uniforms = draw_matrices(method, 24, 10)
+    turned = np.ascontiguousarray(inputs.swapaxes(1, 2)).swapaxes(1, 2)
+    turned.flags.writeable = False
+    expected = call(method, inputs, weights, uniforms)
+    # Linear algebra may add in another order, but only rounds differently.
+    assert np.allclose(call(method, turned, weights, uniforms), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m for m in OF_MATRICES.values() if m.method.identity_at_one and m.params.get("lambda", 1) == 1],
+    ids=lambda method: method.method.name,
+)
+def test_one_matrix_of_weight_one_comes_back(method):
+    expert = np.random.default_rng(4).standard_normal((1, 24, 10), np.float32)
+    merged = call(method, expert, np.ones(1), np.zeros_like(expert))
+    assert np.allclose(merged, expert[0], rtol=1e-4, atol=1e-5)

@@ -135,6 +135,7 @@ def test_presets_and_defaults_are_resolved(workshop):
     ).average.params
     assert dict(params) == {
         "density": 1.0, "lambda": 2.0, "merge": "mean", "trim": "tensor", "keep": "exact", "zero_sign": "positive",
+        "rescale": "none",
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mediator_cli import make_plan, merge
 from mediator_cli.errors import MediatorError
-from mediator_cli.recipe.mergekit import _names
+from mediator_cli.recipe.mergekit.models import _names
 
 TIES = """\
 merge_method: ties
@@ -81,7 +81,8 @@ def mergekit_ties(base, deltas, weights, density):
 
 def test_ties_with_a_gradient_of_weights_is_that_of_mergekit(workshop, load):
     found = load_file(merge(make_plan(load(TIES)), workshop.folder / "out") / "model.safetensors")
-    places = {"model.embed_tokens.weight": 0.0, "model.norm.weight": 1.0}
+    # What comes behind the layers takes the first anchor, as what comes before them.
+    places = {"model.embed_tokens.weight": 0.0, "model.norm.weight": 0.0}
     for name, tensor in workshop.base.items():
         place = places.get(name, int(name.split(".")[2]) / 2 if ".layers." in name else None)
         base = tensor.float().numpy()
@@ -153,9 +154,10 @@ def test_what_stands_behind_the_value_for_all_never_holds(workshop, load):
     ],
 )
 def test_parameters_mean_what_they_mean_to_mergekit(workshop, load, method, parameters, expected):
-    text = f"merge_method: {method}\nbase_model: ./base\nmodels: [{{model: ./a}}, {{model: ./b}}]\n"
-    last = make_plan(load(f"{text}parameters: {parameters}\n")).tensors[-1]
-    assert last.name == "model.norm.weight"
+    base = "" if method == "linear" else "base_model: ./base\n"
+    text = f"merge_method: {method}\n{base}models: [{{model: ./a}}, {{model: ./b}}]\n"
+    plan = make_plan(load(f"{text}parameters: {parameters}\n"))
+    last = next(tensor for tensor in plan.tensors if tensor.name == "model.layers.2.mlp.up_proj.weight")
     assert {name: last.average.params[name] for name in expected} == expected
 
 
@@ -234,21 +236,57 @@ def test_what_all_models_have_alike_is_one_parameter_here(workshop, load, method
     filtered = text.replace(f"{key}: 0.2", f"{key}: [{{filter: mlp, value: 0.1}}, {{value: 0.2}}]")
     found = {tensor.name: tensor.average.params[key] for tensor in make_plan(load(filtered)).tensors}
     assert all(value == (0.1 if ".mlp." in name else 0.2) for name, value in found.items())
-    message = f"models have different values of '{key}'; here all experts of a method share one"
-    hint = f"give all models the same {key}, or set it once under `parameters`"
-    other = text.replace(f"{key}: 0.2", f"{key}: 0.1", 1)
-    assert problems(load, other) == [(f"5 models[1].parameters.{key}", message, hint)]
-    one_only = text.replace(f", {key}: 0.2", "", 1)
-    assert [at for at, _, _ in problems(load, one_only)] == [f"5 models[1].parameters.{key}"]
 
 
-def test_the_energies_of_sce_are_its_weights(workshop, load):
+@pytest.mark.parametrize(
+    ("method", "key"), [("breadcrumbs", "gamma"), ("della", "epsilon"), ("ties", "density"), ("dare_ties", "density")]
+)
+def test_models_may_have_values_of_their_own(workshop, load, method, key):
+    text = f"""\
+merge_method: {method}
+base_model: ./base
+models:
+- {{model: ./a, parameters: {{{key}: [0.1, 0.3]}}}}
+- {{model: ./b, parameters: {{{key}: [{{filter: mlp, value: 0.4}}]}}}}
+parameters: {{density: 0.5, {key}: 0.2}}
+""".replace("density: 0.5, density: 0.2", "density: 0.2")
+    assert load(text).recipe.average.params[key] == {"a": [0.1, 0.3], "b": 0.2}
+    tensors = {tensor.name: tensor.average for tensor in make_plan(load(text)).tensors}
+    assert tensors["model.layers.1.mlp.up_proj.weight"].own == {key: (0.2, 0.4)}
+    assert tensors["model.layers.2.self_attn.q_proj.weight"].own == {key: (0.3, 0.2)}
+    assert tensors["model.layers.1.self_attn.q_proj.weight"].own == {}
+    assert tensors["model.norm.weight"].params[key] == 0.1
+    beyond = problems(load, text.replace("value: 0.4", "value: 7"))
+    assert [at for at, _, _ in beyond] == [f"5 overrides[0].average.{key}.b"]
+
+
+def notices(load, text):
+    return [notice.partition("recipe.yaml:")[2] for notice in make_plan(load(text)).notices if "recipe.yaml:" in notice]
+
+
+def test_what_has_no_effect_in_mergekit_is_told_by_name(workshop, load):
     text = "merge_method: sce\nbase_model: ./base\nmodels: [{model: ./a}, {model: ./b}]\n"
-    assert [expert.weight for expert in load(text).recipe.experts] == [1.0, 1.0]
-    common = problems(load, text + "parameters: {weight: 2}\n")
-    assert [(at, message) for at, message, _ in common] == [("4 parameters.weight", "sce takes no 'weight'")]
-    own = problems(load, text.replace("./a}", "./a, parameters: {weight: 2}}"))
-    assert own == [("3 models[0].parameters.weight", "sce takes no 'weight' of a model", "sce takes none")]
+    assert notices(load, text + "parameters: {weight: 2, int8_mask: true}\n") == [
+        "4 parameters.weight: sce takes no 'weight'; it has no effect, as in mergekit",
+        "4 parameters.int8_mask: 'int8_mask' changes no result, and is left out",
+    ]
+    own = text.replace("./a}", "./a, parameters: {select_topk: 0.5}}")
+    message = "sce takes no 'select_topk' of a model; it has no effect, as in mergekit"
+    assert notices(load, own) == [f"3 models[0].parameters.select_topk: {message}"]
+    outside = text.replace("./a}", "./a, weight: 2}") + "normalize: true\nrandom_seed: 7\n"
+    assert load(outside).recipe.seed == 7
+    assert notices(load, outside) == [
+        "3 models[0].weight: 'weight' stands outside `parameters`; it has no effect, as in mergekit",
+        "4 normalize: 'normalize' stands outside `parameters`; it has no effect, as in mergekit",
+    ]
+    legacy = FILTERS.replace("parameters:", "parameters:\n  embed_slerp: true")
+    assert notices(load, legacy) == ["5 parameters.embed_slerp: 'embed_slerp' has no effect here"]
+    mistyped = FILTERS.replace("filter: mlp", "filter: mpl")
+    assert notices(load, mistyped) == ["10 overrides[0]: '*mpl*' matches no tensor"]
+    assert notices(load, TIES.replace("float32", "float64")) == [
+        "15 parameters.int8_mask: 'int8_mask' changes no result, and is left out",
+        "16 dtype: all arithmetic is in float32, and so is what is written, not in float64",
+    ]
 
 
 def test_an_adapter_on_the_base_is_an_expert(workshop, load):
@@ -270,16 +308,32 @@ def test_changes_and_later_faults_stand_where_they_were_written(workshop, load):
     assert problems(load, TIES.replace("weight: 0.5", "weight: heavy"))[0][0] == "7 experts[0].weight"
     found = problems(load, TIES.replace("density: 0.4", "density: 1.4"))
     assert [place for place, _, _ in found] == ["8 average.density"]
-    assert problems(load, FILTERS.replace("filter: mlp", "filter: mpl"))[0][0] == "10 overrides[0].match"
     assert problems(load, FILTERS.replace("[0, 1]", "[0, 2]"))[0][0] == "7 overrides[2].average.t[1]"
     assert problems(load, TIES.replace("float32", "float8"))[0][0] == "16 output.dtype"
 
 
 REFUSED = {
-    "method": (TIES.replace("d: ties", "d: model_stock"), "1 merge_method", "'model_stock' has no"),
-    "slices": (TIES.replace("models:", "slices:"), "3 slices", "mergekit's `slices` has no counterpart"),
-    "modules": (TIES + "modules: {}\n", "18 modules", "mergekit's `modules` has no counterpart"),
-    "chat template": (TIES + "chat_template: auto\n", "18 chat_template", "`chat_template` has no counterpart"),
+    "method": (TIES.replace("d: ties", "d: fisher"), "1 merge_method", "'fisher' has no"),
+    "slices without sources": (TIES.replace("models:", "slices:"), "4 slices[0]", "names no sources"),
+    "two forms": (TIES + "modules: {default: {}}\n", "18 modules", "has models and modules"),
+    "several modules": (
+        "merge_method: linear\nmodules: {eyes: {models: [{model: ./a}]}, words: {models: [{model: ./b}]}}\n",
+        "2 modules", "modules eyes, words are merged each in its own way",
+    ),
+    "module without models": ("merge_method: linear\nmodules: {m: {}}\n", "2 modules.m", "neither slices nor models"),
+    "chat template": (TIES + "chat_template: chatlm\n", "18 chat_template", "no chat template 'chatlm'"),
+    "twice": (TIES.replace("./b", "./a"), "9 models[2].model", "'./a' is listed twice"),
+    "base without a weight": (
+        "merge_method: linear\nbase_model: ./base\nmodels: [{model: ./a, parameters: {weight: 1}}]\n",
+        "2 base_model", "merges base_model too, and gives it no weight",
+    ),
+    "base with an adapter": (TIES.replace("l: ./base\nm", "l: ./base+./lora\nm"), "2 base_model", "with an adapter"),
+    "int64": (TIES.replace("float32", "int64"), "16 dtype", "not written as int64"),
+    "filtered vectors": (
+        "merge_method: nuslerp\nmodels: [{model: ./a}, {model: ./b}]\n"
+        "parameters: {nuslerp_flatten: [{filter: mlp, value: false}]}\n",
+        "3 parameters.nuslerp_flatten[0]", "has a filter, which has no counterpart",
+    ),
     "unknown key": (TIES.replace("dtype:", "dtpye:"), "16 dtpye", "unknown key 'dtpye'"),
     "no models": ("merge_method: linear\nmodels: []\n", "2 models", "lists no models"),
     "no model": ("merge_method: linear\nmodels: [{mode: ./a}]\n", "2 models[0]", "names no model"),
@@ -288,19 +342,20 @@ REFUSED = {
         "merge_method: ties\nbase_model: ./a\nmodels: [{model: ./a}]\n", "3 models", "no model beside the base",
     ),
     "slerp of others": (FILTERS.replace("base_model: ./b", "base_model: ./c"), "3 models", "one of them base_model"),
-    "densities": (
-        TIES.replace("0.4\nparam", "0.5\nparam"), "12 models[2].parameters.density", "different values of 'density'",
-    ),
-    "unknown parameter": (TIES.replace("int8_mask", "gamma"), "15 parameters.gamma", "ties takes no 'gamma'"),
+    "unknown parameter": (TIES.replace("int8_mask", "desnity"), "15 parameters.desnity", "ties takes no 'desnity'"),
     "parameter of a model": (
-        TIES.replace("weight: 0.5", "epsilon: 0.5"), "7 models[1].parameters.epsilon", "takes no 'epsilon' of a model",
+        TIES.replace("weight: 0.5", "wieght: 0.5"), "7 models[1].parameters.wieght", "ties takes no 'wieght'",
     ),
     "switch": (TIES.replace("ize: true", "ize: [1, 0]"), "14 parameters.normalize", "neither true nor false"),
     "adapter elsewhere": (TIES.replace("./b\n", "./c+./lora\n"), "9 models[2].model", "another model than base_model"),
-    "tokens": (
-        TIES.replace("tokenizer_source: base", "tokenizer: {source: base, tokens: {}}"),
-        "17 tokenizer.tokens", "`tokenizer.tokens` has no counterpart",
+    "token of nobody": (
+        TIES.replace("tokenizer_source: base", "tokenizer: {source: base, tokens: {x: {source: ./c}}}"),
+        "17 tokenizer.tokens.x.source", "none of the models",
     ),
+    "unknown key of a tokenizer": (
+        TIES.replace("tokenizer_source: base", "tokenizer: {sauce: base}"), "17 tokenizer.sauce", "unknown key 'sauce'",
+    ),
+    "two tokenizers": (TIES + "tokenizer: {source: base}\n", "18 tokenizer", "stands beside tokenizer_source"),
     "tokenizer of nobody": (TIES.replace("source: base", "source: ./c"), "17 tokenizer_source", "none of the models"),
     "no mapping": (TIES.replace("  normalize: true\n  int8_mask: true", "  - a"), "13 parameters", "is no mapping"),
 }  # fmt: skip

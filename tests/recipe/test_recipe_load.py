@@ -152,7 +152,12 @@ def test_a_new_method_drops_what_belonged_to_the_old_one(load):
         ("top_fraction", "fraction", "conflict.denoise.fraction", "did you mean 'top_fraction'?"),
         ("extract", "extrat", "overrides[0].extrat", "did you mean 'extract'?"),
         ("density", "desnity", "overrides[0].extract.desnity", "did you mean 'density'?"),
-        ("density", "zzz", "overrides[0].extract.zzz", "known: density, select, rescale, values"),
+        (
+            "density",
+            "zzz",
+            "overrides[0].extract.zzz",
+            "known: mode, density, select, rescale, values, scale, mask_lambda, directions",
+        ),
     ],
 )
 def test_an_unknown_key_gets_a_suggestion_wherever_it_stands(load, old, new, field, hint):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.engine.extract.choose import choose
-from mediator_cli.engine.extract.encode import Coder
+from mediator_cli.engine.extract.encode import Coder, Stored
+from mediator_cli.engine.extract.gated import Scales, extract_gated
 from mediator_cli.engine.extract.item import Item
 from mediator_cli.engine.extract.measure import measure
 from mediator_cli.engine.pool import run_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from mediator_cli.bundle.sparse_writer import SparseFileWriter
     from mediator_cli.engine.extract.choose import Limit
@@ -24,30 +26,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of a sparse expert in its file, and what it keeps."""
+class Common:
+    """What is found over all tensors before the first is extracted, by expert and tensor.
 
-    measured: Measured
-    kept: Kept
+    `limits` of entries that are ranked over the model, `scales` of EMR-Merging.
+    """
 
-    def as_json(self) -> dict[str, Any]:
-        """Write it as JSON can hold it."""
-        spec = self.measured.spec.model_dump(mode="json")
-        return {"spec": spec, "n_index": self.measured.n_index, "kept": asdict(self.kept)}
+    limits: Mapping[tuple[str, str], Limit] = field(default_factory=dict)
+    scales: Scales = field(default_factory=dict)
 
 
 def extract_batch(
     job: Extraction,
     tensors: Sequence[TensorPlan],
     writers: Mapping[str, SparseFileWriter],
+    common: Common,
+    workers: int,
+    advance: Callable[[int], None],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Append tensors to the files of all experts; return what stands there, for the journal, by file and tensor.
+
+    Those that are stored sparsely come first. Files are the same for any workers.
+    """
+    sparse = [tensor for tensor in tensors if tensor.extract.mode == "sparse"]
+    others = [tensor for tensor in tensors if tensor.extract.mode != "sparse"]
+    found = _extract_sparse(job, sparse, writers, common.limits, workers, advance)
+    for name, each in extract_gated(job, others, writers, common.scales, workers, advance).items():
+        found[name] = found.get(name, {}) | each
+    return found
+
+
+def _extract_sparse(
+    job: Extraction,
+    tensors: Sequence[TensorPlan],
+    writers: Mapping[str, SparseFileWriter],
     limits: Mapping[tuple[str, str], Limit],
     workers: int,
     advance: Callable[[int], None],
-) -> dict[str, dict[str, Stored]]:
-    """Append tensors to the file of every sparse expert; return what stands there, by expert and tensor.
-
-    `limits` are those over the model, by expert and tensor. Files are the same for any workers.
-    """
+) -> dict[str, dict[str, dict[str, Any]]]:
     items = [Item(job, expert, tensor) for expert, tensor in product(job.experts, tensors) if tensor.size]
     choices = choose(items, limits, workers, advance)
     measured: dict[tuple[str, str], Measured] = {}
@@ -65,9 +81,9 @@ def extract_batch(
         advance(coder.item.tensor.size)
 
     run_all(encode, sorted(coders, key=lambda coder: -coder.item.tensor.size), workers, stop=job.stop)
-    found: dict[str, dict[str, Stored]] = {expert: {} for expert in job.experts}
+    found: dict[str, dict[str, dict[str, Any]]] = {expert: {} for expert in job.experts}
     for item in items:
-        found[item.expert][item.tensor.name] = Stored(measured[item.key], kept[item.key])
+        found[item.expert][item.tensor.name] = Stored(measured[item.key], kept[item.key]).as_json()
     return found
 
 

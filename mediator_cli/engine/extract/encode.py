@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.sparse_writer import SparseFileWriter
     from mediator_cli.engine.extract.choose import Limit, Slab
     from mediator_cli.engine.extract.item import Item
+    from mediator_cli.engine.extract.measure import Measured
     from mediator_cli.kernels.arrays import Bytes, Flags
 
 _BUFFER = 1 << 20
@@ -37,6 +38,19 @@ class Kept:
     n_overrides: int
     energy: float
     error: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of an expert in its file, and what it keeps."""
+
+    measured: Measured
+    kept: Kept
+
+    def as_json(self) -> dict[str, Any]:
+        """Write it as JSON can hold it."""
+        spec = self.measured.spec.model_dump(mode="json")
+        return {"spec": spec, "n_index": self.measured.n_index, "kept": asdict(self.kept)}
 
 
 @dataclass
@@ -73,13 +87,13 @@ class Coder:
         """Write values, index and overrides; return what is kept."""
         tails = {name: _Tail(self.writer, offset) for name, offset in self.places.items()}
         squares = np.zeros(2, np.float64)
-        factor = self.item.tensor.extract.rescale
+        factor, codec = self.item.tensor.extract.rescale, self.item.tensor.extract.values
         for slab in slabs(self.item, limit):
-            stored = encode_values(slab.gather(factor), self.spec.values, self.spec.scale)
+            stored = encode_values(slab.gather(factor), codec, self.spec.scale)
             self._add_values(tails["values"], stored)
             tails[self.spec.index].add(self._index(slab))
             # Rescaled values are meant to overshoot; what is kept is judged before.
-            decoded = decode_values(stored, self.spec.values, self.spec.scale)
+            decoded = decode_values(stored, codec, self.spec.scale)
             for block in square_sums(slab.part.delta, slab.places, slab.bounds, decoded, 1.0 / factor, BLOCK):
                 squares += block
             if self.spec.n_overrides:

@@ -93,7 +93,7 @@ class Item:
 
 def may_override(extract: ResolvedExtract) -> bool:
     """Whether entries that a round trip would change are stored as they are: where nothing else is lost."""
-    return extract.density == 1 and extract.values in _LOSSLESS and extract.rescale == 1
+    return extract.mode == "sparse" and extract.density == 1 and extract.values in _LOSSLESS and extract.rescale == 1
 
 
 def _less(values: Floats, dense: NDArray[Any], dtype: str) -> Floats:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.checkpoint.vocabulary import TOKENIZER_JSON
 from mediator_cli.errors import Problem
+from mediator_cli.plan.tokens.choose import choose_rows, padded, with_new_tokens
 from mediator_cli.plan.tokens.notices import name_tokens, token_notices
 from mediator_cli.plan.tokens.rows import TokenOutput, find_base_rows, make_layouts
 from mediator_cli.plan.tokens.sources import is_by_position, match_sources, open_sources, uneven_rows, unread_notices
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.spans import Layout
     from mediator_cli.checkpoint.vocabulary import Vocabulary
     from mediator_cli.plan.model import ExpertSource
-    from mediator_cli.plan.tokens.rows import TokenSource
+    from mediator_cli.plan.tokens.rows import Chosen, TokenSource
     from mediator_cli.recipe.load import LoadedRecipe
 
 
@@ -56,12 +57,12 @@ def plan_vocabulary(
     found = VocabularyPlan(n_rows, base=by_name["base"], output=by_name.get(loaded.recipe.tokenizer_of))
     if problems := tuple(uneven_rows(opened, kept)):
         return replace(found, problems=problems)
-    if is_by_position(opened):
+    if is_by_position(opened) and not loaded.recipe.tokens and loaded.recipe.pad_tokens_to is None:
         return found
     sources, faults = match_sources(opened)
     notices = tuple(unread_notices(opened))
     if not sources:
-        return replace(found, notices=notices, problems=tuple(faults))
+        return replace(found, notices=notices, problems=(*faults, *_check_known(loaded)))
     planned = _match(loaded, base, sources, widths)
     return replace(planned, notices=(*notices, *planned.notices))
 
@@ -71,7 +72,7 @@ def _match(
 ) -> VocabularyPlan:
     winner = next((source for source in sources if source.name == loaded.recipe.tokenizer_of), sources[0])
     output = TokenOutput(winner.vocabulary, winner.n_rows, winner)
-    problems: list[Problem] = []
+    chosen, problems = choose_rows(loaded, sources)
     if loaded.recipe.tokenizer == "union":
         vocabulary = _union(sources)
         output = TokenOutput(
@@ -79,7 +80,9 @@ def _match(
             max(winner.n_rows, vocabulary.end if len(vocabulary.added) > len(winner.vocabulary.added) else 0),
             winner,
         )
-        problems = list(_check_union(loaded, base, sources, vocabulary))
+        problems += _check_union(loaded, base, sources, vocabulary)
+    problems += _check_new(loaded, output.vocabulary)
+    output = _with_chosen(loaded, output, chosen)
     if not widths and any(source.vocabulary.tokens != output.vocabulary.tokens for source in sources):
         message = "the tokens of the sources differ, and config.json tells no vocab_size to find their rows by"
         problems.append(Problem(loaded.place("base"), message, "add vocab_size to the base's config.json"))
@@ -97,6 +100,32 @@ def _match(
         layouts=make_layouts(output, sources[0], sources[1:], widths),
         notices=tuple(token_notices(output, sources)),
     )
+
+
+def _check_known(loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Refuse to choose rows of tokens of which nothing is known."""
+    for name in ("tokens", "pad_tokens_to"):
+        if getattr(loaded.recipe, name):
+            yield Problem(loaded.place(name), "no source brings a tokenizer that can be read", "leave it out")
+
+
+def _check_new(loaded: LoadedRecipe, vocabulary: Vocabulary) -> Iterator[Problem]:
+    """Refuse new tokens that have no place in the output's tokenizer."""
+    new = [text for text in loaded.recipe.tokens if text not in vocabulary.tokens]
+    if new and vocabulary.file.name != TOKENIZER_JSON:
+        message = f"tokens are added to tokenizer.json, and {vocabulary.file.parent} has none"
+        yield Problem(loaded.place("tokens", new[0]), message, "save it as tokenizer.json with save_pretrained")
+    elif new and len(vocabulary.tokens) != vocabulary.end:
+        message = f"the tokenizer's ids have gaps ({len(vocabulary.tokens)} tokens up to id {vocabulary.end - 1})"
+        yield Problem(loaded.place("tokens", new[0]), f"{message}, so none can be added", "leave it out")
+
+
+def _with_chosen(loaded: LoadedRecipe, output: TokenOutput, chosen: Mapping[str, Chosen]) -> TokenOutput:
+    """Add what the recipe says of single tokens: new ones, their rows, and how many rows there are."""
+    vocabulary = with_new_tokens(loaded, output.vocabulary)
+    has_new = len(vocabulary.added) > len(output.vocabulary.added)
+    n_rows = max(output.n_rows, vocabulary.end) if has_new else output.n_rows
+    return replace(output, vocabulary=vocabulary, n_rows=padded(loaded, n_rows), chosen=chosen)
 
 
 def _union(sources: Sequence[TokenSource]) -> Vocabulary:

@@ -31,6 +31,8 @@ def token_notices(output: TokenOutput, sources: Sequence[TokenSource]) -> Iterat
     """Tell of all that is matched, filled in, padded or left out; `sources` have the base first."""
     base, experts = sources[0], sources[1:]
     yield from _new_tokens(output, base, experts)
+    if output.chosen:
+        yield f"the recipe chooses the rows of {name_tokens(output.chosen)}"
     for source in sources:
         yield from _lost_and_lacking(output, source, base)
         yield from _moved(output, source)
@@ -44,7 +46,7 @@ def _new_tokens(output: TokenOutput, base: TokenSource, experts: Sequence[TokenS
     """Tell of tokens that the base lacks, by the experts that have them."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for text in _with_row(output):
-        if base.row(text) is None:
+        if base.row(text) is None and text not in output.chosen:
             groups.setdefault(tuple(e.name for e in experts if e.row(text) is not None), []).append(text)
     for names, texts in groups.items():
         origin = f"those of {names[0]}" if len(names) == 1 else f"the mean of {', '.join(names)}"
@@ -63,7 +65,7 @@ def _lost_and_lacking(output: TokenOutput, source: TokenSource, base: TokenSourc
         yield f"{name_tokens(lost)} of {label} are not in the output: their rows are not used"
     if source is base:
         return
-    if lacking := [text for text in _with_row(output) if source.row(text) is None]:
+    if lacking := [text for text in _with_row(output) if source.row(text) is None and text not in output.chosen]:
         yield f"{label} has no rows of {name_tokens(lacking)}: it counts as the base there"
 
 

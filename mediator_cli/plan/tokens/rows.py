@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     """A row of the output: the rows of sources that it is the mean of; empty where no source has one."""
     _Run = tuple[int, Rows]
 
+_NOWHERE = "zero"
+ZEROS: Rows = ((_NOWHERE, 0),)
+"""A row of zeros."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The row that the recipe names for a token: for sources that lack it, or with `force` for all."""
+
+    rows: Rows
+    force: bool
+
 
 @dataclass(frozen=True)
 class TokenSource:
@@ -44,26 +56,37 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """The tokens of the output and its number of rows; `padding` has the rows of no token that the base lacks."""
+    """The tokens of the output and its number of rows; `padding` has the rows of no token that the base lacks.
+
+    `chosen` are the rows that the recipe names, by token.
+    """
 
     vocabulary: Vocabulary = field(repr=False)
     n_rows: int
     padding: TokenSource
+    chosen: Mapping[str, Chosen] = field(default_factory=dict)
+
+    def row(self, text: str, own: Rows, other: Rows) -> Rows:
+        """Give a source's row of a token: its own, or where it has none the chosen one, or `other`."""
+        chosen = self.chosen.get(text)
+        if chosen is None:
+            return own or other
+        return chosen.rows if chosen.force else own or chosen.rows
 
 
 def find_base_rows(output: TokenOutput, base: TokenSource, experts: Sequence[TokenSource]) -> list[Rows]:
     """Find what the base reads for each row of the output."""
     texts = output.vocabulary.texts
-    return [_base_row(number, texts.get(number), output.padding, base, experts) for number in range(output.n_rows)]
+    return [_base_row(number, texts.get(number), output, base, experts) for number in range(output.n_rows)]
 
 
 def _base_row(
-    number: int, text: str | None, padding: TokenSource, base: TokenSource, experts: Sequence[TokenSource]
+    number: int, text: str | None, output: TokenOutput, base: TokenSource, experts: Sequence[TokenSource]
 ) -> Rows:
     if text is not None:
-        return base.rows(text) or tuple(row for expert in experts for row in expert.rows(text))
-    owner = base if number < base.n_rows else padding
-    return ((owner.name, number),)
+        return output.row(text, base.rows(text), tuple(row for expert in experts for row in expert.rows(text)))
+    owner = base if number < base.n_rows else output.padding
+    return ((owner.name, number),) if number < owner.n_rows else ZEROS
 
 
 def make_layouts(
@@ -91,13 +114,13 @@ def _alike(widths: Mapping[str, int], experts: Sequence[TokenSource]) -> list[fr
 
 def _runs(output: TokenOutput, source: TokenSource, base_rows: Sequence[Rows]) -> list[_Run]:
     """Gather the rows that one source gives into runs; none where it is read as it is."""
-    if source.n_rows == output.n_rows and source.vocabulary.tokens == output.vocabulary.tokens:
+    if source.n_rows == output.n_rows and source.vocabulary.tokens == output.vocabulary.tokens and not output.chosen:
         return []
     texts = output.vocabulary.texts
     own: Iterable[Rows] = base_rows
     if source.name != "base":
-        known = (source.rows(texts[n]) if n in texts else () for n in range(output.n_rows))
-        own = (row or other for row, other in zip(known, base_rows, strict=True))
+        numbered = enumerate(base_rows)
+        own = (output.row(texts[n], source.rows(texts[n]), row) if n in texts else row for n, row in numbered)
     runs = _gathered(own)
     return [] if runs == [(source.n_rows, ((source.name, 0),))] and source.n_rows == output.n_rows else runs
 
@@ -126,6 +149,6 @@ def _gathered(rows: Iterable[Rows]) -> list[_Run]:
 
 def _spans(runs: Iterable[_Run], tensor: str, width: int) -> tuple[Span, ...]:
     return tuple(
-        Span(count * width, tuple(Part(name, tensor, number * width) for name, number in first))
+        Span(count * width, tuple(Part(n, tensor, number * width) for n, number in first if n != _NOWHERE))
         for count, first in runs
     )

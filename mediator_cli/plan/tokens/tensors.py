@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mediator_cli.checkpoint.header import TensorInfo
+    from mediator_cli.methods.statistics import Role
 
 _HEAD_KINDS = ("head", "embed_out", "output", "decoder")
+_EMBEDS = re.compile(r"(^|\.)(wpe|wte|embed\w*|\w*embeddings?)\.weight$")
 _NOT_TOKENS = re.compile(r"(^|[._])(wpe|wtt|pos|positions?|positional|token_type|norm|ln)([._]|$)")
 
 
@@ -27,6 +29,14 @@ def token_embeddings(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any
     """Find the matrices with a row per token by which tokens come in: those of them that are no heads."""
     rows = vocabulary_tensors(tensors, config)
     return tuple(n for n in rows if not n.endswith("bias") and not place_of(n).kind.endswith(_HEAD_KINDS))
+
+
+def roles_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Role]:
+    """Tell embeddings, of tokens or positions, and heads by name; all other tensors are linear."""
+    named: dict[str, Role] = {name: "embedding" for name in tensors if _EMBEDS.search(name)}
+    heads: dict[str, Role] = dict.fromkeys(vocabulary_tensors(tensors, config), "head")
+    incoming: dict[str, Role] = dict.fromkeys(token_embeddings(tensors, config), "embedding")
+    return named | heads | incoming
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
