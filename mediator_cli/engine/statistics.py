@@ -180,7 +180,7 @@ def find_statistics(streams: Streams, group: Group, slab: int) -> Search[Found]:
     """Find all statistics of a group, in the order in which the method declares them."""
     tensors = {tensor.name: tensor for tensor in group.tensors}
     reading = _Reading(streams, tensors, {name: {} for name in tensors}, slab)
-    needed, n = group.method.needed_statistics(), len(streams.names)
+    needed, n = group.method.needed_statistics(), len(group.tensors[0].weights)
     for some in _turns(needed, n):
         cells = [group.cells(statistic) for statistic in some]
         step = max(1, _ROWS_AT_ONCE // (n * len(some)))
@@ -242,7 +242,7 @@ def _places(cell: Sequence[TensorPlan]) -> list[NDArray[Any]]:
 
 def _thresholds(reading: _Reading, statistic: Select, cell: Sequence[TensorPlan]) -> Search[list[NDArray[Any]]]:
     """Find the threshold of each tensor over the whole cell; tensors with the same k share theirs."""
-    n = 1 if statistic.joint else len(reading.streams.names)
+    n = 1 if statistic.joint else len(cell[0].weights)
     counts, size = _counts(statistic, cell), _size(cell)
     if statistic.among is not None:
         counted = [int(reading.found[tensor.name][statistic.among][0]) for tensor in cell]
@@ -267,7 +267,7 @@ def _thresholds(reading: _Reading, statistic: Select, cell: Sequence[TensorPlan]
 def _sums(reading: _Reading, statistic: Sum, cells: Sequence[Sequence[TensorPlan]]) -> Search[list[list[NDArray[Any]]]]:
     """Sum a statistic over each tensor, then over the tensors of each cell in their order."""
     tensors = [tensor for cell in cells for tensor in cell]
-    shape = statistic.shape(len(reading.streams.names))
+    shape = statistic.shape(len(tensors[0].weights))
     width = int(np.prod(shape))
 
     def values(piece: Piece, inputs: Inputs) -> NDArray[np.float64]:

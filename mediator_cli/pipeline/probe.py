@@ -88,14 +88,14 @@ class Bench:
         return Streams(stored, stored, readers, tuple(f"e{at}" for at in range(n)), weights, 0)
 
     def tensors(
-        self, large: bool, method: ResolvedMethod | None, extract: ResolvedExtract = _PLAIN
+        self, large: bool, method: ResolvedMethod | None, extract: ResolvedExtract = _PLAIN, n: int = 1
     ) -> list[TensorPlan]:
         """Plan the large or the small tensors; as vectors where the method would see matrices whole."""
         wanted = [info for info in self.base.values() if (len(info.shape) > 1) == large]
         is_flat = method is not None and method.method.scope == "matrix"
         shapes = [(info.size,) if is_flat else info.shape for info in wanted]
         return [
-            TensorPlan(info.name, info.name, shape, info.size, USUAL, method, extract, ())
+            TensorPlan(info.name, info.name, shape, info.size, USUAL, method, extract, (1.0,) * n)
             for info, shape in zip(wanted, shapes, strict=True)
         ]
 
@@ -183,13 +183,13 @@ def _statistics(bench: Bench, step: Step, large: bool) -> float:
 
 
 def _found(bench: Bench, step: Step, large: bool) -> Found:
-    group = Group(tuple(bench.tensors(large, step.subject)))
+    group = Group(tuple(bench.tensors(large, step.subject, n=step.n)))
     search = find_statistics(bench.streams(step.n), group, bench.budget.slab)
     return carry_out(search, bench.budget.workers, _unheard)
 
 
 def _average(bench: Bench, step: Step, large: bool) -> float:
-    tensors = bench.tensors(large, step.subject)
+    tensors = bench.tensors(large, step.subject, n=step.n)
     found = _found(bench, step, large) if Group(tuple(tensors)).spans_model else {}
     return _NANO * best_time(lambda: _batches(bench, step.n, tensors, found)).cpu
 

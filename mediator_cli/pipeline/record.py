@@ -267,3 +267,9 @@ def label(path: str) -> str:
     """Name a source on a card."""
     # A card travels; an absolute path of the machine that made it does not belong on it.
     return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path  # noqa: PTH117, PTH119
+
+
+def _made_of(plan: Plan) -> str:
+    if plan.inputs:
+        return f"{len(plan.layers)} layers, stacked with mediator from those of {len(plan.experts) + 1} models."
+    return f"Merged with mediator from {len(plan.experts)} experts of one base."
