@@ -39,7 +39,8 @@ class Parameter:
 class MethodPage:
     """A method's page: `formula` has the paragraphs that say what is computed; the others may be empty.
 
-    `passes` is how often the sources of four experts are read, at the defaults.
+    `passes` is how often the sources of four experts are read, at the defaults. `properties` are the JSON schemas of
+    the parameters.
     """
 
     name: str
@@ -55,6 +56,7 @@ class MethodPage:
     passes: int
     needs: str
     parameters: tuple[Parameter, ...]
+    properties: dict[str, Any]
     presets: dict[str, dict[str, Any]]
     example: str
     reference: str
@@ -67,8 +69,9 @@ class MethodPage:
         return tuple((head, text) for head, text in (*plain, *named) if text)
 
     def as_json(self) -> dict[str, Any]:
-        """Give the page as JSON."""
-        return asdict(self)
+        """Give the page as JSON, the parameters by name with their JSON schemas."""
+        facts = asdict(self)
+        return facts | {"parameters": facts.pop("properties")}
 
 
 def cost_in_words(page: MethodPage) -> str:
@@ -91,6 +94,7 @@ def page_of(method: Method) -> MethodPage:
         passes=passes_of(_default(method), 4),
         needs=needs_of(method),
         parameters=tuple(_parameter(name, facts) for name, facts in properties.items()),
+        properties=properties,
         presets={name: dict(values) for name, values in method.presets.items()},
         example=example_of(method),
         reference=method.reference,
@@ -118,7 +122,7 @@ def _parts(text: str) -> dict[str, str]:
 
 def scope_of(resolved: ResolvedMethod) -> str:
     """Say what the method has to know before it merges an entry: nothing else, its row, tensor, matrix, the model."""
-    if resolved.method.scope == "matrix":
+    if resolved.method.space == "adapter" or resolved.view_of((2, 2), "linear") != "elements":
         return "matrix"
     overs = {statistic.over(resolved.params) for statistic in resolved.needed_statistics()}
     widest = "model" if "model" in overs else "tensor" if overs else "element"

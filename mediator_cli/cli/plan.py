@@ -51,9 +51,9 @@ def plan(
     if made.modules:
         _plan_adapter(made, output, run, recipe, as_json=as_json)
         return
-    if calibrate is False:
-        report = describe_plan(made, output, run)
-    else:
+    # What cannot be done is told before anything is measured.
+    report = describe_plan(made, output, run)
+    if calibrate is not False:
         from mediator_cli.pipeline.calibrate import constants_for, likely_cache
 
         constants = constants_for(made, output_folder(made, output), _tell, anew=calibrate is True)

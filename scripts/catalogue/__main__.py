@@ -7,7 +7,6 @@ goes on. `python -m scripts.catalogue.report` puts them into the README beside t
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,8 +75,7 @@ def try_out(trial: Trial) -> Result:
     average = {"method": trial.method, **trial.parameters}
     facts = {"version": 1, "base": str(DEMO / "base"), "experts": experts, "assign": {"rule": "none"}}
     recipe.write_text(yaml.safe_dump(facts | {"average": average, "output": {"path": str(output)}}), encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    merged: Run = run([*MEDIATOR, "merge", str(recipe), "--quiet"])
+    merged: Run = run([*MEDIATOR, "merge", str(recipe), "--overwrite", "--quiet"])
     return Result(merged.wall, merged.peak, _answer(trial, output))
 
 

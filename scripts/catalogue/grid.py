@@ -31,7 +31,7 @@ GRID: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "doge_ta": ({"lambda": 0.3},),
     "drm": ({"lambda": 0.5},),
     "wudi": ({"unit": "rms"},),
-    "knots": ({"density": 0.2}, {"lambda": 0.6}),
+    "knots": ({"lambda": 1.0},),
     "tatr": ({"lambda": 0.5},),
     "opcm": ({"alpha": 0.8},),
     "svc": ({"lambda": 0.5},),

@@ -274,7 +274,7 @@ def test_rows_of_tokens_are_matched_before_layers_are_stacked(tmp_path):
 def test_the_command_line_plans_merges_and_verifies_a_stack(workshop, mediator):
     workshop.recipe(slices=[A, {"source": "b", "layers": "1-2"}], **NONE)
     assert mediator("validate", "recipe.yaml").code == 0
-    assert mediator("plan", "recipe.yaml").code == 0
+    assert mediator("plan", "recipe.yaml", "--no-calibrate").code == 0
     assert mediator("merge", "recipe.yaml", "-o", "out").code == 0
     assert mediator("verify", "out").code == 0
     assert mediator("inspect", "out").code == 0
