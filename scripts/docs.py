@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mediator_cli.bundle.manifest import ConflictReport, Manifest
+from mediator_cli.bundle.conflict_report import ConflictReport
+from mediator_cli.bundle.manifest import Manifest
 from mediator_cli.cli.app import app
 from mediator_cli.cli.method_pages import cost_in_words, page_of
 from mediator_cli.cli.methods import short_reference

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mediator_cli.bundle.manifest import FileRecord, MethodRecord, RecipeRecord, Record, SourceRecord
+from mediator_cli.bundle.manifest import MethodRecord, RecipeRecord, SourceRecord
+from mediator_cli.bundle.record import FileRecord, Record
 
 ADAPTER_MANIFEST = "adapter_manifest.json"
 

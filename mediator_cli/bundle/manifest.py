@@ -1,13 +1,14 @@
-"""The routing manifest and the conflict report: what a bundle says of itself. Neither torch nor numpy here."""
+"""The routing manifest: what a bundle says of itself. Neither torch nor numpy here."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from mediator_cli.bundle.checksum import sha256
+from mediator_cli.bundle.record import FileRecord, Record, SourceFile, WeightFile
 from mediator_cli.checkpoint.header import check_plain_name, read_json
 from mediator_cli.errors import BundleError, CheckpointError, Problem
 
@@ -24,42 +25,6 @@ GATED_SCHEMA_VERSION = 3
 """That of a manifest whose bundle stores some tensor in another way than sparsely; see README.md."""
 
 M = TypeVar("M", bound=BaseModel)
-
-
-class Record(BaseModel):
-    """A frozen schema that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(Record):
-    """A file, its size in bytes and its SHA-256."""
-
-    name: Annotated[str, Field(description="Path relative to its folder, with forward slashes.")]
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: str
-
-
-class WeightFile(Record):
-    """A file of weights, its size in bytes and its digest: XXH3-128 over its header and tensors; see README.md."""
-
-    name: Annotated[str, Field(description="Path relative to its folder, with forward slashes.")]
-    bytes: Annotated[int, Field(ge=0)]
-    xxh3: str
-
-
-class SourceFile(Record):
-    """A weight file of a source: SHA-256 where the Hub says it, the digest of a weight file where all was read."""
-
-    name: Annotated[str, Field(description="Path relative to its folder, with forward slashes.")]
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: str | None = None
-    xxh3: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """The digest that is known; SHA-256 if both are."""
-        return self.sha256 or self.xxh3 or ""
 
 
 class SourceRecord(Record):
@@ -274,41 +239,6 @@ class Manifest(Record):
         if is_later and self.schema_version == SCHEMA_VERSION:
             raise ValueError(f"shared arrays and modes are of version {GATED_SCHEMA_VERSION}")
         return self
-
-
-class TensorConflict(Record):
-    """The counts of one tensor; tables [n, n] in the order of experts, `gram` before denoising."""
-
-    size: int
-    opposite: tuple[tuple[int, ...], ...]
-    both: tuple[tuple[int, ...], ...]
-    support: tuple[int, ...]
-    any_opposite: int
-    shared: int
-    gram: tuple[tuple[float, ...], ...]
-
-
-class ConflictSample(Record):
-    """Of an estimate: the share of each tensor's blocks that was read, and how far each score may be off."""
-
-    share: Annotated[float, Field(gt=0, lt=1)]
-    bounds: Annotated[dict[str, UnitScores], Field(description="By unit: in 95 of 100 samples the error is smaller.")]
-
-
-class ConflictReport(Record):
-    """The full conflict report: scores by unit, counts by tensor, and the sources they belong to."""
-
-    schema_version: Literal[2]
-    experts: tuple[str, ...]
-    sources: dict[str, tuple[SourceFile, ...]]
-    denoise: str
-    align: Annotated[str, Field(description="How hidden units were put in one order first.")] = "none"
-    unit: str
-    units: dict[str, UnitScores]
-    tensors: dict[str, TensorConflict]
-    sample: Annotated[
-        ConflictSample | None, Field(description="Null where all was read; otherwise scores and counts are estimates.")
-    ] = None
 
 
 def to_json(record: BaseModel) -> str:

@@ -7,7 +7,8 @@ import os
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import MANIFEST, FileRecord, bundle_file, read_manifest, to_json, with_checksum
+from mediator_cli.bundle.manifest import MANIFEST, bundle_file, read_manifest, to_json, with_checksum
+from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.write import sync, write_error
 
 if TYPE_CHECKING:

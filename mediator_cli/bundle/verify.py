@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from mediator_cli.bundle.checksum import fits_checksum
+from mediator_cli.bundle.conflict_report import ConflictReport
 from mediator_cli.bundle.digest import file_digest, in_threads, scan_tensors, sparse_digests, unheard
 from mediator_cli.bundle.entries import check_entries, check_shares
 from mediator_cli.bundle.manifest import (
     CONFLICTS,
     MANIFEST,
-    ConflictReport,
     bundle_digest,
     bundle_file,
     file_names,
@@ -28,14 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.bundle.digest import Scan
-    from mediator_cli.bundle.manifest import (
-        FileRecord,
-        Manifest,
-        SharedRecord,
-        SparseRecord,
-        TensorRecord,
-        WeightFile,
-    )
+    from mediator_cli.bundle.manifest import Manifest, SharedRecord, SparseRecord, TensorRecord
+    from mediator_cli.bundle.record import FileRecord, WeightFile
     from mediator_cli.bundle.sparse_file import SparseFile, SparseTensor
     from mediator_cli.checkpoint.header import TensorInfo
 

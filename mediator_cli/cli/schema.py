@@ -27,6 +27,7 @@ def schema(
 
         print_json(recipe_schema())
         return
-    from mediator_cli.bundle.manifest import ConflictReport, Manifest
+    from mediator_cli.bundle.conflict_report import ConflictReport
+    from mediator_cli.bundle.manifest import Manifest
 
     print_json((Manifest if kind is SchemaKind.manifest else ConflictReport).model_json_schema())

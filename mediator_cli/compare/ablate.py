@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mediator_cli.bundle.manifest import ConflictReport, read_record, to_json
+from mediator_cli.bundle.conflict_report import ConflictReport
+from mediator_cli.bundle.manifest import read_record, to_json
 from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.compare.key import conflict_key
 from mediator_cli.compare.store import save_text

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.adapter import ADAPTER_MANIFEST
 from mediator_cli.bundle.digest import digest_tensors
-from mediator_cli.bundle.manifest import FileRecord, SourceRecord, bundle_digest, to_json
+from mediator_cli.bundle.manifest import SourceRecord, bundle_digest, to_json
+from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.header import read_header
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.bundle.adapter import AdapterManifest
-    from mediator_cli.bundle.manifest import SourceFile
+    from mediator_cli.bundle.record import SourceFile
     from mediator_cli.checkpoint.source import Checkpoint
     from mediator_cli.kernels.arrays import Floats
     from mediator_cli.methods.statistics import Factors

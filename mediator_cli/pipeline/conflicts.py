@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mediator_cli.bundle.manifest import ConflictReport, ConflictSample, TensorConflict, UnitScores, read_record
+from mediator_cli.bundle.conflict_report import ConflictReport, ConflictSample, TensorConflict
+from mediator_cli.bundle.manifest import UnitScores, read_record
 from mediator_cli.checkpoint.layout import layers_of, place_of, unit_of
 from mediator_cli.errors import BundleError, OutputError, Problem
 from mediator_cli.pipeline.align import align_words
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.bundle.manifest import SourceFile
+    from mediator_cli.bundle.record import SourceFile
     from mediator_cli.kernels.arrays import Doubles
     from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.schema import DenoiseSpec, Measure

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from mediator_cli.bundle.manifest import SourceFile
+    from mediator_cli.bundle.record import SourceFile
     from mediator_cli.pipeline.carried import Saved
     from mediator_cli.plan.model import Plan
 

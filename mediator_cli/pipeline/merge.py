@@ -6,7 +6,8 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.digest import digest_tensors, file_digest, sparse_digests
-from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ROUTER, FileRecord, WeightFile, to_json
+from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ROUTER, to_json
+from mediator_cli.bundle.record import FileRecord, WeightFile
 from mediator_cli.bundle.sparse_file import SHARED, open_sparse_file
 from mediator_cli.checkpoint.digest import Digests, digest_file
 from mediator_cli.checkpoint.write import index_json, plan_shards
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.bundle.manifest import ConflictReport, RouterRecord
+    from mediator_cli.bundle.conflict_report import ConflictReport
+    from mediator_cli.bundle.manifest import RouterRecord
     from mediator_cli.engine.publish import Building
     from mediator_cli.engine.streams import Streams
     from mediator_cli.pipeline.router import RouterJob

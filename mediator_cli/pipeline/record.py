@@ -14,7 +14,6 @@ from mediator_cli.bundle.manifest import (
     SCHEMA_VERSION,
     ConflictRecord,
     ExtractRecord,
-    FileRecord,
     Manifest,
     MethodRecord,
     RecipeRecord,
@@ -26,6 +25,7 @@ from mediator_cli.bundle.manifest import (
     TensorRecord,
     bundle_digest,
 )
+from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
@@ -35,7 +35,9 @@ from mediator_cli.plan.overrides import resolve_extract
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mediator_cli.bundle.manifest import ConflictReport, RouterRecord, SourceFile, WeightFile
+    from mediator_cli.bundle.conflict_report import ConflictReport
+    from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.bundle.record import SourceFile, WeightFile
     from mediator_cli.checkpoint.hub.repo import HubRepo
     from mediator_cli.engine.extract.encode import Kept
     from mediator_cli.pipeline.write import Written

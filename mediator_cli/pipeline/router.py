@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.card import CARD, router_card, with_block
-from mediator_cli.bundle.manifest import ROUTER, FileRecord, PolicyRecord, read_manifest
+from mediator_cli.bundle.manifest import ROUTER, PolicyRecord, read_manifest
+from mediator_cli.bundle.record import FileRecord
 from mediator_cli.bundle.replace import replace_files
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.source import side_files

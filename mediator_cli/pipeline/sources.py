@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.digest import file_digest, scan_tensors
-from mediator_cli.bundle.manifest import SourceFile
+from mediator_cli.bundle.record import SourceFile
 from mediator_cli.checkpoint.cache import read_note, write_note
 from mediator_cli.checkpoint.digest import fold
 from mediator_cli.checkpoint.header import TensorInfo, identity, read_header

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mediator_cli.bundle.manifest import ConflictReport, SourceFile
+from mediator_cli.bundle.conflict_report import ConflictReport
+from mediator_cli.bundle.record import SourceFile
 from mediator_cli.checkpoint.header import identity
 from mediator_cli.engine.conflict import count_tensors, sample_tensors
 from mediator_cli.engine.statistics import find_statistics, group_by_method

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from mediator_cli.methods.method import ResolvedMethod
     from mediator_cli.methods.statistics import Role
     from mediator_cli.plan.units import AlignPlan
+    from mediator_cli.recipe.extract import ValueCodec
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.recipe.modes import ExtractMode
     from mediator_cli.recipe.router import RouterSpec
-    from mediator_cli.recipe.schema import ValueCodec
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from mediator_cli.errors import Problem, did_you_mean
 from mediator_cli.plan.gradients import OTHERS, GradedMethod, positions, resolve_own, value_at
 from mediator_cli.plan.model import ResolvedExtract
 from mediator_cli.plan.slice_settings import group_of
+from mediator_cli.recipe.extract import ExtractSpec
 from mediator_cli.recipe.modes import mode_faults
-from mediator_cli.recipe.schema import ExtractSpec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

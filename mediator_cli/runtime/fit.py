@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mediator_cli.bundle.manifest import FileRecord
+    from mediator_cli.bundle.record import FileRecord
     from mediator_cli.runtime.classify import Classifier, Kind, RidgeSums
     from mediator_cli.runtime.features import FeatureReader
 

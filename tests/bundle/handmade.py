@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mediator_cli.bundle.conflict_report import ConflictReport
 from mediator_cli.bundle.digest import digest_tensors, file_digest, sparse_digests
 from mediator_cli.bundle.manifest import (
     CONFLICTS,
     MANIFEST,
     ROUTER,
     ConflictRecord,
-    ConflictReport,
-    FileRecord,
     Manifest,
     PolicyRecord,
     RecipeRecord,
@@ -26,10 +25,10 @@ from mediator_cli.bundle.manifest import (
     SparseRecord,
     SparseUnitRecord,
     TensorRecord,
-    WeightFile,
     bundle_digest,
     to_json,
 )
+from mediator_cli.bundle.record import FileRecord, WeightFile
 from mediator_cli.bundle.sparse import encode_gaps, encode_values, pack_bits
 from mediator_cli.bundle.sparse_file import SparseTensor, open_sparse_file, sparse_file_name
 from mediator_cli.bundle.sparse_writer import SparseFileWriter, create_sparse_file

@@ -155,9 +155,7 @@ def limits_alone(deltas, weights, *, n_entries=None, limits=None):
 def test_memory_of_whole_matrices_is_counted_and_refused_where_it_is_not_there(method, bench, tmp_path):
     method(first_column_doubled, view=linear_maps, working_bytes=lambda n, rows, columns: n * rows * columns << 20)
     bench()
-    with pytest.raises(
-        MediatorError, match=r"(?s)matrices of 60 MiB that .* whole.*give at least \d+ MiB"
-    ):
+    with pytest.raises(MediatorError, match=r"(?s)matrices of 60 MiB that .* whole.*give at least \d+ MiB"):
         run(tmp_path, "first_column_doubled", memory=256 << 20)
     plan = make_plan(load_recipe(tmp_path / "recipe.yaml"))
     assert whole_bytes(plan.tensors, 2) == (2 * 5 * 6 << 20) + 4 * 6 * 5 * 6

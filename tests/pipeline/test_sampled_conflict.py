@@ -8,7 +8,7 @@ import torch
 from conftest import CONFIG, shapes, write_checkpoint
 
 from mediator_cli import Settings, load_recipe, make_plan
-from mediator_cli.bundle.manifest import ConflictReport
+from mediator_cli.bundle.conflict_report import ConflictReport
 from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.engine.conflict import drawn_pieces
 from mediator_cli.engine.streams import Streams

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from mediator_cli.bundle.manifest import ConflictReport
+    from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.pipeline.conflicts import Preview
     from mediator_cli.plan.model import Plan
 

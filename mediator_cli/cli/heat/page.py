@@ -13,7 +13,7 @@ from mediator_cli.recipe.sizes import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mediator_cli.bundle.manifest import ConflictReport
+    from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.pipeline.conflicts import Preview
     from mediator_cli.plan.model import Plan
 

@@ -26,8 +26,8 @@ from mediator_cli.pipeline.routable import check_routing
 from mediator_cli.plan.make import make_plan
 from mediator_cli.plan.overrides import resolve_extract
 from mediator_cli.plan.tokens.tensors import vocabulary_size
+from mediator_cli.recipe.extract import ExtractSpec
 from mediator_cli.recipe.load import parse_partly
-from mediator_cli.recipe.schema import ExtractSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import ExpertSource, Plan
-    from mediator_cli.recipe.schema import ValueCodec
+    from mediator_cli.recipe.extract import ValueCodec
 
 DENSITIES: tuple[tuple[float, ValueCodec], ...] = ((0.2, "sign"), (1.0, "bf16"))
 """Densities beside the default whose price a draft tells: larger sparse experts, and every expert bit for bit."""

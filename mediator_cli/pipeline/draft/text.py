@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, get_args
 
 import yaml
 
-from mediator_cli.recipe.schema import ExtractSpec, Rule
+from mediator_cli.recipe.extract import ExtractSpec
+from mediator_cli.recipe.schema import Rule
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
