@@ -72,10 +72,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     "did you mean 'density'?"
     >>> did_you_mean("zzz", ["density", "weight"])
     'known: density, weight'
+    >>> did_you_mean("DENSITY", ["density", "weight"])
+    "did you mean 'density'?"
     """
     names = list(known)
-    close = get_close_matches(word, names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    plain = {name.lower(): name for name in names}
+    close = get_close_matches(word.lower(), plain, n=1)
+    return f"did you mean '{plain[close[0]]}'?" if close else f"known: {', '.join(names)}"
 
 
 def some_names(names: Iterable[str], shown: int = 3) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer, write_prompts
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
+from mediator_cli.checkpoint.cache import write_note
 from mediator_cli.cli.app import main
+from mediator_cli.methods import registry
+from mediator_cli.pipeline.calibrate import Machine, machine_key
 from mediator_cli.recipe.load import LoadedRecipe
 
 # The same examples in every run, and no limit of time: a busy machine is no failure.
@@ -32,6 +37,16 @@ hypothesis_settings.load_profile("mediator")
 def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what the package notes between runs out of the user's folder, and out of a test's own."""
     os.environ["MEDIATOR_CACHE"] = str(tmp_path_factory.mktemp("notes"))
+    # What this machine takes to start and to share its memory is measured where that is the point: it takes long.
+    write_note("calibration", machine_key(), json.dumps(asdict(Machine(1.0, 1.0, 1.0, {}, {}))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_stay_as_they_are() -> Iterator[None]:
+    """Look only once through all installed packages for methods of their own: every plan does, and nothing changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", cache(registry.entry_points))
+        yield
 
 
 HIDDEN, INNER, VOCAB, LAYERS = 8, 12, 20, 3
@@ -150,16 +165,21 @@ class Workshop:
         return merge(plan, self.folder / name, settings=settings or Settings(workers=2))
 
 
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
+def make_workshop(folder: Path) -> Workshop:
     """Make base, experts a and b, and adapter `lora`."""
     base = random_tensors(0)
-    made = Workshop(tmp_path, base, {"a": fine_tune(base, 1), "b": fine_tune(base, 2)})
-    write_checkpoint(tmp_path / "base", base)
+    made = Workshop(folder, base, {"a": fine_tune(base, 1), "b": fine_tune(base, 2)})
+    write_checkpoint(folder / "base", base)
     for name, tensors in made.experts.items():
-        write_checkpoint(tmp_path / name, tensors)
-    write_adapter(tmp_path / "lora", 3)
+        write_checkpoint(folder / name, tensors)
+    write_adapter(folder / "lora", 3)
     return made
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    """Make a workshop of the test's own."""
+    return make_workshop(tmp_path)
 
 
 ROUTE_ALL = {"assign": {"rule": "all"}, "extract": {"density": 0.5}}
@@ -170,9 +190,8 @@ def with_prompts(*names: str) -> list[dict[str, str]]:
     return [{"name": name, "model": f"./{name}", "prompts": f"./{name}.jsonl"} for name in names or ("a", "b")]
 
 
-@pytest.fixture
-def shop(workshop: Workshop) -> Workshop:
-    """A workshop with prompts for a and b, and a tokenizer of twenty words."""
+def add_prompts(workshop: Workshop) -> Workshop:
+    """Give a workshop prompts for a and b, and a tokenizer of twenty words."""
     write_prompts(workshop.folder / "a.jsonl", task_prompts(SUMS))
     write_prompts(workshop.folder / "b.jsonl", task_prompts(FILMS))
     for name in ("base", "a", "b"):
@@ -182,9 +201,24 @@ def shop(workshop: Workshop) -> Workshop:
 
 
 @pytest.fixture
-def routed(shop: Workshop) -> Path:
+def shop(workshop: Workshop) -> Workshop:
+    """A workshop with prompts for a and b, and a tokenizer of twenty words."""
+    return add_prompts(workshop)
+
+
+@pytest.fixture(scope="session")
+def routed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Merge the bundle that `routed` copies; it has the same bytes wherever it is merged."""
+    return add_prompts(make_workshop(tmp_path_factory.mktemp("routed"))).merge(
+        "out", experts=with_prompts(), **ROUTE_ALL
+    )
+
+
+@pytest.fixture
+def routed(shop: Workshop, routed_once: Path) -> Path:
     """A bundle with a router for a and b."""
-    return shop.merge("out", experts=with_prompts(), **ROUTE_ALL)
+    shop.recipe("out.yaml", experts=with_prompts(), **ROUTE_ALL)
+    return shutil.copytree(routed_once, shop.folder / "out")
 
 
 @pytest.fixture

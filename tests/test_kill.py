@@ -100,7 +100,7 @@ def moments(n_calls, n, seed):
 def test_a_killed_merge_goes_on_to_the_same_bytes(workshop, case):
     workshop.recipe(**CASES[case])
     files, n_calls = undisturbed(workshop)
-    for number in moments(n_calls, 5, case):
+    for number in moments(n_calls, 3, case):
         kill_and_go_on(workshop, MERGE, files, number)
         assert verify_bundle(workshop.folder / "out").problems == ()
         clear(workshop)
@@ -144,7 +144,7 @@ def test_a_killed_merge_is_not_thrown_away_unasked(workshop):
     assert not list(workshop.folder.glob(".out*"))
 
 
-@pytest.mark.parametrize("n_moments", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_moments", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_kill_while_overwriting_keeps_the_old_bundle_until_the_new_one_stands(workshop, n_moments):
     old = all_files(workshop.merge("out"))
     kept = shutil.copytree(workshop.folder / "out", beside(workshop.folder, "kept"))

@@ -34,8 +34,15 @@ def begun(workshop):
 
 
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fdatasync"])
-@pytest.mark.parametrize("share", [0.3, 0.9])
-@pytest.mark.parametrize("case", ["routed, several shards", "over the model"])
+@pytest.mark.parametrize(
+    ("case", "share"),
+    [
+        ("routed, several shards", 0.3),
+        ("over the model", 0.9),
+        pytest.param("routed, several shards", 0.9, marks=pytest.mark.slow),
+        pytest.param("over the model", 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_keeps_what_is_finished(workshop, case, call, share):
     workshop.recipe(**CASES[case])
     files, _ = undisturbed(workshop)
@@ -168,6 +175,11 @@ main()
 """
 
 
+def note_what_can_be_routed(workshop):
+    """Spare a process of its own to load torch and transformers, which takes seconds."""
+    assert run_forked(workshop.folder, ("plan", "recipe.yaml", "--no-calibrate")).code == 0
+
+
 def signalled(workshop, number, module="write", name="_average", n=3):
     """Send a signal to a merge that hangs before a batch; give its exit code, what it told, and the seconds it took."""
     program = SLOW.format(module=module, name=name, n=n)
@@ -185,6 +197,7 @@ def signalled(workshop, number, module="write", name="_average", n=3):
 def test_an_interrupted_merge_says_how_to_go_on(workshop, number, code):
     workshop.recipe(**CASES["routed, several shards"])
     files, _ = undisturbed(workshop)
+    note_what_can_be_routed(workshop)
     before = all_files(workshop.folder)
     ended, told, seconds = signalled(workshop, number)
     assert ended == code, told
@@ -201,6 +214,7 @@ def test_an_interrupted_merge_says_how_to_go_on(workshop, number, code):
 
 def test_an_interrupt_before_anything_is_finished_leaves_nothing(workshop):
     workshop.recipe(**CASES["routed, several shards"])
+    note_what_can_be_routed(workshop)
     before = all_files(workshop.folder)
     ended, told, _ = signalled(workshop, signal.SIGINT, "merge", "take_survey", 1)
     assert (ended, told.splitlines()[-1]) == (130, "interrupted; nothing was written")
@@ -225,7 +239,7 @@ def test_two_merges_into_one_folder_at_once_are_one_too_many(workshop):
     assert all_files(workshop.folder / "out") == files
 
 
-@pytest.mark.parametrize("words", [("inspect", "base"), ("inspect", "base", "--json"), ("methods",)])
+@pytest.mark.parametrize("words", [("inspect", "base", "--json"), pytest.param(("methods",), marks=pytest.mark.slow)])
 def test_a_reader_that_goes_away_ends_a_command_quietly(workshop, words):
     read, write = os.pipe()
     os.close(read)

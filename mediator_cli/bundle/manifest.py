@@ -301,11 +301,21 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a bundle, the names of its files included."""
     file = folder / MANIFEST
     if not file.is_file():
-        raise BundleError(Problem(str(folder), f"has no {MANIFEST}", "is it a bundle? `mediator merge` writes one"))
+        raise BundleError(Problem(str(folder), *_no_bundle(folder)))
     manifest = read_record(bundle_file(folder, MANIFEST), Manifest, "manifest")
     for name in [*file_names(manifest), *(tensor.file for tensor in manifest.tensors.values())]:
         bundle_file(folder, name)
     return manifest
+
+
+def _no_bundle(folder: Path) -> tuple[str, str]:
+    """Say what a folder without a manifest is, and what to do."""
+    if not folder.is_dir():
+        return "no such folder", "check the path"
+    message = f"has no {MANIFEST}"
+    if (folder / "adapter_config.json").is_file():
+        return message, "it is an adapter; use it with PEFT, or as an expert of a recipe"
+    return message, "is it a bundle? `mediator merge` writes one"
 
 
 def file_names(manifest: Manifest) -> list[str]:

@@ -99,7 +99,9 @@ def find_location(source: str, path: Path, access: Access = ONLINE) -> Location:
     if is_hub_id(source):
         repo = find_repo(source, access, _is_wanted)
         return Location(repo.folder, repo)
-    hint = "relative paths start at the recipe's folder; a model on the Hub is org/name or org/name@revision"
+    hint = (
+        "relative paths in a recipe start at the recipe's folder; a model on the Hub is org/name or org/name@revision"
+    )
     raise CheckpointError(Problem(str(path), "no such folder", hint))
 
 
@@ -114,6 +116,9 @@ def open_checkpoint(folder: Path, repo: HubRepo | None = None) -> Checkpoint:
         raise missing_file(repo, "config.json")
     if remote is not None and "config.json" not in remote.files:
         raise CheckpointError(Problem(place, "holds no config.json", "is it the folder of a model?"))
+    if repo is None and is_adapter(folder) and not (folder / "config.json").is_file():
+        message = "is an adapter, and a model is needed here"
+        raise CheckpointError(Problem(place, message, "name the model that it was trained on"))
     config = read_json(folder / "config.json")
     refuse_quantised_config(place, f"{remote.url if remote else folder}/config.json", config)
     tensors = _read_weights(folder, weights, repo, config)

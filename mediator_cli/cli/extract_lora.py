@@ -22,10 +22,15 @@ _SHOWN = 12
 
 
 def extract_lora(
-    base: Annotated[str, typer.Argument(help="The base: a folder, or org/name[@revision].", show_default=False)],
+    base: Annotated[
+        str,
+        typer.Argument(help="The base: a folder, or org/name@revision.", metavar="BASE", show_default=False),
+    ],
     model: Annotated[
         str,
-        typer.Argument(help="Its fine-tune, or an adapter that shall become a plain one.", show_default=False),
+        typer.Argument(
+            help="Its fine-tune, or an adapter that shall become a plain one.", metavar="MODEL", show_default=False
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the adapter.", show_default=False)],
     rank: Annotated[
@@ -130,7 +135,7 @@ def _by_kind(matrices: Iterable[MatrixReport]) -> Iterable[tuple[str, ...]]:
 
 
 def _shape(matrix: MatrixReport) -> str:
-    return " x ".join(map(str, matrix.shape))
+    return " × ".join(map(str, matrix.shape))
 
 
 def _print_changes(title: str, changes: tuple[ChangeReport, ...]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.pipeline.kinship import KinshipReport, PairKinship
 
+_PICTURES = (".png", ".svg", ".pdf")
 _NAMES = {"pcc": "Pearson correlation", "cosine": "cosine", "euclidean": "Euclidean distance"}
 # From strangers to near relatives, dark to light text kept readable on each.
 _SHADES = ((-1.0, "#f7fbff"), (0.1, "#d2e3f3"), (0.3, "#9ac8e0"), (0.5, "#fdd49e"), (0.7, "#fc8d59"), (0.9, "#d7301f"))
@@ -91,8 +92,9 @@ def _check_plot(plot: Path | None) -> None:
     from mediator_cli.cli.heat.map import check_plot
     from mediator_cli.errors import OutputError, Problem
 
-    if plot is not None and plot.suffix == ".html":
-        raise OutputError(Problem(str(plot), "kinship is drawn as a picture only", "use .png, .svg or .pdf"))
+    if plot is not None and plot.suffix not in _PICTURES:
+        message = f"kinship is drawn as a picture only, and '{plot.suffix}' is none"
+        raise OutputError(Problem(str(plot), message, "use .png, .svg or .pdf"))
     check_plot(plot)
 
 
@@ -135,7 +137,16 @@ def _cell(report: KinshipReport, name: str, other: str) -> Text:
 
 
 def _written(report: KinshipReport, value: float) -> str:
-    return f"{value:.4g}" if report.metric == "euclidean" else f"{value:.3f}"
+    return _distance(value) if report.metric == "euclidean" else f"{value:.3f}"
+
+
+def _distance(value: float) -> str:
+    """Write four digits, and more where they stand before the point.
+
+    >>> _distance(20.69589), _distance(39621.7)
+    ('20.7', '39622')
+    """
+    return f"{value:.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
 
 
 def _pair_rows(report: KinshipReport) -> Iterator[tuple[str | Text, ...]]:
@@ -146,7 +157,7 @@ def _pair_rows(report: KinshipReport) -> Iterator[tuple[str | Text, ...]]:
 def _unit_rows_of_two(report: KinshipReport) -> Iterator[tuple[str, ...]]:
     for unit, (pair,) in (*report.units.items(), ("all", report.pairs)):
         both = ("–" if value is None else f"{value:.3f}" for value in (pair.pcc, pair.cosine))
-        yield (unit, *both, f"{pair.euclidean:.4g}")
+        yield (unit, *both, "–" if pair.euclidean is None else _distance(pair.euclidean))
 
 
 def _unit_rows(report: KinshipReport) -> Iterator[tuple[str, ...]]:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in detail.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One method, in detail.", metavar="NAME", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the merge methods, or explain one: formula, parameters, when it is apt, an example recipe, reference."""

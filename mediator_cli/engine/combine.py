@@ -10,7 +10,7 @@ import numpy as np
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
 from mediator_cli.checkpoint.read import STORED_DTYPES, LocalHandle, read_slab
 from mediator_cli.checkpoint.write import write_at
-from mediator_cli.engine.matrices import as_seen, as_stored
+from mediator_cli.engine.matrices import as_seen, as_stored, naming
 from mediator_cli.engine.statistics import of_piece
 from mediator_cli.engine.streams import not_finite, pieces
 from mediator_cli.kernels.arrays import bytes_of
@@ -80,7 +80,8 @@ def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[st
     statistics = of_piece(streams, tensor.plan, piece, found)
     seen = as_seen(tensor.plan, inputs.rows)
     beside = None if inputs.base is None else as_seen(tensor.plan, inputs.base[None])[0]
-    answer = method(seen, streams.weights[piece.tensor], statistics, uniforms, beside)
+    with naming(piece.tensor):
+        answer = method(seen, streams.weights[piece.tensor], statistics, uniforms, beside)
     merged = as_stored(tensor.plan, answer)
     merged = merged if inputs.base is None else inputs.base + merged
     stored, is_whole = narrow(merged, tensor.plan.dtype)

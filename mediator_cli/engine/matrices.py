@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,6 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mediator_cli.engine.streams import Piece, pieces
+from mediator_cli.errors import MediatorError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -83,3 +85,15 @@ def one_blas_thread(tensors: Sequence[TensorPlan]) -> Iterator[None]:
         return
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+@contextmanager
+def naming(tensor: str) -> Iterator[None]:
+    """Say on which tensor a method failed, which knows but numbers; raise MediatorError for what LAPACK cannot do."""
+    try:
+        yield
+    except MediatorError as error:
+        raise type(error)([replace(each, place=each.place or tensor) for each in error.problems]) from None
+    except np.linalg.LinAlgError as error:
+        hint = "look for extreme values in the experts' tensors, or take a method that merges single entries"
+        raise MediatorError(Problem(tensor, f"the method cannot be carried out here: {error}", hint)) from None

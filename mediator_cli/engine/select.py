@@ -102,17 +102,7 @@ class _Bracket:
 
 def select(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[Threshold]]]:
     """Find the k-th largest magnitudes, k by row and rank [n][r]; a k beyond the stream gives 0, k = 0 infinity."""
-    sample = yield from (_sample(stream) if stream.n_entries is None else _some_whole(stream))
-    found: dict[tuple[int, int], Threshold] = {}
-    open_brackets: dict[tuple[int, int], _Bracket] = {}
-    is_whole = stream.n_entries is None and sample.shape[1] == stream.size
-    for row, ks in enumerate(ranks):
-        ordered = np.sort(np.abs(sample[row]).view(np.uint32))[::-1]
-        for at, k in enumerate(ks):
-            if k <= 0 or k > stream.size or is_whole:
-                found[row, at] = _known(ordered, k, stream.size)
-            else:
-                open_brackets[row, at] = _guess(row, k, ordered, stream.size)
+    found, open_brackets = yield from _begin(stream, ranks)
     while open_brackets:
         sweep = _counting(stream, list(open_brackets.values()))
         ((above, *counts),) = yield [sweep]
@@ -124,6 +114,24 @@ def select(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[T
             else:
                 open_brackets[place] = result
     return [[found[row, at] for at in range(len(ks))] for row, ks in enumerate(ranks)]
+
+
+def _begin(
+    stream: Ranked, ranks: Sequence[Sequence[int]]
+) -> Search[tuple[dict[tuple[int, int], Threshold], dict[tuple[int, int], _Bracket]]]:
+    """Find by row and rank what a sample tells, and brackets for all else; the sample is given up with that."""
+    sample = yield from (_sample(stream) if stream.n_entries is None else _some_whole(stream))
+    found: dict[tuple[int, int], Threshold] = {}
+    open_brackets: dict[tuple[int, int], _Bracket] = {}
+    is_whole = stream.n_entries is None and sample.shape[1] == stream.size
+    for row, ks in enumerate(ranks):
+        ordered = np.sort(np.abs(sample[row]).view(np.uint32))[::-1]
+        for at, k in enumerate(ks):
+            if k <= 0 or k > stream.size or is_whole:
+                found[row, at] = _known(ordered, k, stream.size)
+            else:
+                open_brackets[row, at] = _guess(row, k, ordered, stream.size)
+    return found, open_brackets
 
 
 def select_signed(stream: Ranked, ranks: Sequence[Sequence[int]]) -> Search[list[list[Threshold]]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mediator_cli.methods.statistics import Space
     from mediator_cli.plan.model import ExpertSource, Plan
 
-RUNTIME_BYTES = 168 << 20
+RUNTIME_BYTES = 184 << 20
 """Memory of the interpreter with its compiled kernels, before anything is read."""
 TABLE_BYTES = 64 << 20
 """What the search for thresholds holds beside the slabs, at most: where each tensor of a batch has its own."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mediator_cli.engine.matrices import naming
 from mediator_cli.engine.pool import run_all
 from mediator_cli.engine.streams import Inputs, Piece
 from mediator_cli.engine.team import Alone, Arrays, Team
@@ -46,13 +47,12 @@ Search = Generator[list[Sweep], list[Arrays], T]
 
 def carry_out(search: Search[T], workers: int, advance: Callable[[int], None], team: Team | None = None) -> T:
     """Run a search to its end; `advance` is told of the elements read of each source."""
-    found: list[Arrays] = []
     try:
         sweeps = next(search)
         while True:
             run_sweeps(sweeps, workers, advance, team or Alone())
-            found = [sweep.totals() for sweep in sweeps]
-            sweeps = search.send((team or Alone()).share(found))
+            # No name for what was gathered: it would stay in memory during the sweeps that follow.
+            sweeps = search.send((team or Alone()).share([sweep.totals() for sweep in sweeps]))
     except StopIteration as end:
         result: T = end.value
         return result
@@ -69,8 +69,9 @@ def run_sweeps(sweeps: Sequence[Sweep], workers: int, advance: Callable[[int], N
     def work(item: tuple[tuple[Source, Piece], list[Callable[[Piece, Inputs], None]]]) -> None:
         (source, piece), each = item
         inputs = source(piece)
-        for look in each:
-            look(piece, inputs)
+        with naming(piece.tensor):
+            for look in each:
+                look(piece, inputs)
 
     mean = sum(piece.size for _, piece in looks) / max(1, len(items))
     run_all(work, items, workers, lambda n: advance(round(n * mean)))

@@ -13,6 +13,7 @@ from mediator_cli.checkpoint.digest import Digests
 from mediator_cli.checkpoint.header import DTYPE_BYTES, read_json
 from mediator_cli.checkpoint.read import open_files, read_slab, widen
 from mediator_cli.checkpoint.source import weight_files
+from mediator_cli.engine.matrices import naming
 from mediator_cli.engine.pool import run_all
 from mediator_cli.engine.publish import can_resume, check_output, publish
 from mediator_cli.engine.streams import RUNTIME_BYTES, Piece, draw, not_finite
@@ -152,7 +153,8 @@ class _Merging:
             draw(seed, names[n], Piece(f"{module.name}.{which}", 0, numbers.size), numbers.reshape(-1))
             return numbers
 
-        return module.average.merge_factors(adapters, np.array(module.weights, np.float64), uniforms)
+        with naming(module.name):
+            return module.average.merge_factors(adapters, np.array(module.weights, np.float64), uniforms)
 
     def _read(self, who: str, pair: Pair | None, like: Pair) -> Factors:
         """Read the factors of one adapter; those of rank 0 where it leaves the module as it is."""

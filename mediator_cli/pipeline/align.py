@@ -109,7 +109,7 @@ def _told(align: AlignPlan, name: str, orders: Orders) -> str:
     moved, total = (sum(count[at] for count in counts.values()) for at in (0, 1))
     who = "the base" if name == "base" else f"expert {name}"
     told = f"align: of {who} {', '.join(f'{m} of {n} units of {group}' for group, (m, n) in counts.items())} moved"
-    few = "; it is in that order (almost), as fine-tunes of one base are: align does nothing for it"
+    few = "; it is in that order already, or nearly, as fine-tunes of one base are: align does nothing for it"
     return told + (few if moved <= _FEW * total else "")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import MANIFEST, read_manifest
 from mediator_cli.checkpoint.remote.url import is_url
-from mediator_cli.errors import MediatorError, OutputError, Problem
+from mediator_cli.errors import MediatorError, OutputError, Problem, RecipeError
 from mediator_cli.pipeline.download import plan_with_unseen
 from mediator_cli.pipeline.merge import merge
 from mediator_cli.pipeline.record import recipe_digest
@@ -15,10 +15,11 @@ from mediator_cli.recipe.documents import read_steps
 from mediator_cli.recipe.load import load_partly
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.recipe.documents import Step
     from mediator_cli.recipe.load import LoadedRecipe
 
 
@@ -41,11 +42,9 @@ def load_last(
         raise OutputError(Problem("--output", message, "merge into a folder, then copy it"))
     target = Path(output).absolute() if output is not None else Path.cwd() / path.stem
     folder = target.with_name(f"{target.name}.steps")
-    folders: dict[str, Path] = {}
-    for step in steps[:-1]:
+    folders = {str(step.name): folder / str(step.name) for step in steps[:-1]}
+    for step, loaded in zip(steps[:-1], _load_all(steps, folders, changes), strict=False):
         name = str(step.name)
-        loaded = step.load(folders)
-        folders[name] = folder / name
         if not (settings.resume and _is_made(folder / name, loaded)):
             settings.notify(f"merging {name} into {folder / name}")
             plan = plan_with_unseen(loaded, access, settings.progress)
@@ -53,6 +52,21 @@ def load_last(
                 settings.notify(notice)
             merge(plan, folder / name, settings=settings)
     return steps[-1].load(folders, changes)
+
+
+def _load_all(steps: Sequence[Step], folders: Mapping[str, Path], changes: Sequence[str]) -> list[LoadedRecipe]:
+    """Read every merge before the first is carried out; raise RecipeError with the faults of form in any of them."""
+    found: list[LoadedRecipe] = []
+    problems: list[Problem] = []
+    for step in steps:
+        try:
+            found.append(step.load(folders, changes if step is steps[-1] else ()))
+            problems += found[-1].problems
+        except MediatorError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return found
 
 
 def _is_made(folder: Path, loaded: LoadedRecipe) -> bool:

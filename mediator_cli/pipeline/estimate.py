@@ -153,6 +153,9 @@ def _table_bytes(plan: Plan) -> int:
 
 
 def _weights(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Give the least and the most of each expert's weights; none for stacked layers, whose slices have their own."""
+    if plan.inputs:
+        return {}
     columns = zip(*(tensor.weights for tensor in plan.tensors if tensor.average is not None), strict=True)
     return {expert.name: (min(column), max(column)) for expert, column in zip(plan.experts, columns, strict=False)}
 

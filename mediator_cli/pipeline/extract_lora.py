@@ -74,7 +74,8 @@ def extract_lora(job: Job, output: Path | str, run: Settings, access: Access) ->
     plan = _plan(job, access)
     parts = find_parts(plan, job.choice)
     if not any(part.kind != "other" for part in parts):
-        raise OutputError(Problem("--include", "chooses no matrix that an adapter can carry", "see the tensors' names"))
+        hint = f"`mediator inspect {job.base} --tensors` lists the names"
+        raise OutputError(Problem("--include", "chooses no matrix that an adapter can carry", hint))
     download_weights(plan, run.progress, target)
     files = identities(plan)
     with publish(target, run.mode, {"the job": repr(job)}) as building:
@@ -170,7 +171,7 @@ def _report(
 def _notices(job: Job, written: _Written) -> Iterator[str]:
     clamped = [each.matrix.tensor for each in written.found if job.rank > min(each.matrix.shape)]
     if clamped:
-        yield f"rank {job.rank} is more than {len(clamped)} matrices have, which are held whole: {some_names(clamped)}"
+        yield f"rank {job.rank} is more than these have rows or columns, so they are held whole: {some_names(clamped)}"
     if tied := [change.tensor for change in written.changes_where(saved=True) if change.reason == TIED]:
         yield f"{tied[0]} {TIED}; it is stored whole (modules_to_save)"
 

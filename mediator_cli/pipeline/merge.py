@@ -37,7 +37,7 @@ from mediator_cli.plan.overrides import resolve_extract
 from mediator_cli.recipe.sizes import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from mediator_cli.bundle.conflict_report import ConflictReport
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mediator_cli.engine.streams import Streams
     from mediator_cli.pipeline.router import RouterJob
     from mediator_cli.pipeline.survey import Survey
-    from mediator_cli.plan.model import Plan
+    from mediator_cli.plan.model import Plan, TensorPlan
     from mediator_cli.stages.assign import Decision
 
 
@@ -160,14 +160,15 @@ def _work(
     files = plan_shards([new_tensor(t) for t in plan.tensors], parse_size(plan.loaded.recipe.output.shard_size))
     routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.can_be_routed]
     keeps_base = plan.loaded.recipe.extract.dense == "base"
-    from_base = [t for t in plan.tensors if keeps_base and t.mixable and assignment[t.unit] == "route"]
-    total = batch_elements(plan, sum(t.size for t in routed))
+    from_base = {t.name for t in plan.tensors if keeps_base and t.mixable and assignment[t.unit] == "route"}
+    averaged = [t for t in plan.tensors if t.name not in from_base]
+    total = batch_elements(plan, averaged, sum(t.size for t in routed))
     return Work(
         streams=streams,
         shards=cut_shards(files, {tensor.name: tensor for tensor in plan.tensors}, plan.n_inputs),
         found=survey.found,
         routed=frozenset(tensor.name for tensor in routed),
-        from_base=frozenset(tensor.name for tensor in from_base),
+        from_base=frozenset(from_base),
         folder=building.folder,
         journal=building.journal,
         seen=seen,
@@ -178,9 +179,12 @@ def _work(
     )
 
 
-def batch_elements(plan: Plan, n_routed: int) -> int:
-    """Count the elements of each source that the batches read: statistics per tensor, average, sparse experts."""
-    groups = [group for group in group_by_method(plan.tensors) if not group.spans_model]
+def batch_elements(plan: Plan, averaged: Sequence[TensorPlan], n_routed: int) -> int:
+    """Count the elements of each source that the batches read: statistics per tensor, average, sparse experts.
+
+    `averaged` are all tensors but those whose dense values are the base's own.
+    """
+    groups = [group for group in group_by_method(averaged) if not group.spans_model]
     ranked = sum(group.passes() * sum(tensor.size for tensor in group.tensors) for group in groups)
     extract = resolve_extract(plan.loaded.recipe.extract)
     passes = 2 + (extract.select == "magnitude" and extract.density != 1.0)

@@ -207,12 +207,15 @@ def _extract(
     routed = work.routed_of(batch.tensors)
     if not routed or not writers:
         return {}
-    share = len(work.streams.names) + 1
     with open_files(work.placed[tensor.name].file for tensor in routed) as descriptors:
         job = _extraction(work, descriptors)
-        return extract_batch(
-            job, routed, writers, common, work.budget.workers, lambda n: work.advance(max(1, 2 * n // share))
-        )
+        return extract_batch(job, routed, writers, common, work.budget.workers, _of_one_expert(work))
+
+
+def _of_one_expert(work: Work) -> Callable[[int], None]:
+    """Turn elements of one expert and of the dense model, read together, into elements of each source."""
+    n_sources = len(work.streams.names) + 1
+    return lambda n: work.advance(max(1, 2 * n // n_sources))
 
 
 def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> Target:
@@ -278,9 +281,10 @@ def _common(work: Work) -> Common:
     ranked = [tensor for tensor in routed if tensor.extract.over == "model"]
     elected = [tensor for tensor in routed if tensor.extract.mode == "emr"]
     with open_files(info.file for info in work.placed.values()) as descriptors:
-        job = _extraction(work, descriptors)
-        limits = common_limits(job, ranked, work.budget.workers, work.advance)
-        return Common(limits, common_scales(job, elected, work.budget.workers, work.advance))
+        job, advance = _extraction(work, descriptors), _of_one_expert(work)
+        limits = common_limits(job, ranked, work.budget.workers, advance)
+        n = len(work.streams.names)
+        return Common(limits, common_scales(job, elected, work.budget.workers, lambda size: advance(n * size)))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from mediator_cli.bundle.entries import check_entries
 from mediator_cli.bundle.sparse_file import open_sparse_file
 from mediator_cli.errors import BundleError, CheckpointError
 
-often = settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+often = settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ROOM = 4 << 20
 """Bytes that headers of this size and their error messages may take."""
 PER_BYTE = 100

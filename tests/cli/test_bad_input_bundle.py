@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import all_files, edit_tensors, put
+from conftest import all_files, edit_tensors, put, write_adapter
 
 OUTSIDE = ["../a/model.safetensors", "sub/../../a", "/etc/passwd", "..", "", "a\\b", "C:x"]
 REFUSE = "do not use this bundle"
@@ -85,8 +85,12 @@ def test_a_folder_that_is_no_bundle_is_not_verified(refused):
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_a_folder_that_is_not_there_is_told(refused, workshop, command):
     place = f"{workshop.folder}/gone" if command == "inspect" else "gone"
-    message = "no such folder" if command == "inspect" else "has no routing_manifest.json"
-    refused(place, message, "", command, "gone")
+    refused(place, "no such folder", "", command, "gone")
+
+
+def test_an_adapter_is_told_from_a_bundle(workshop, refused):
+    write_adapter(workshop.folder / "mine", 1)
+    refused("mine", "has no routing_manifest.json", "it is an adapter", "verify", "mine")
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])

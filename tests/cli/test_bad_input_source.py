@@ -64,7 +64,7 @@ BROKEN = {
         lambda w: shutil.rmtree(w.folder / "b"),
         "{b}",
         "no such folder",
-        "start at the recipe's folder",
+        "relative paths in a recipe start at the recipe's folder",
     ),
     "file instead of folder": (
         lambda w: (shutil.rmtree(w.folder / "b"), (w.folder / "b").write_text("")),

@@ -79,7 +79,7 @@ def test_peft_merges_base_and_the_nearest_change(tmp_path, mediator, model, rank
     assert told == set(base) - set(held)
     assert all(len(base[name].shape) == 2 for name in held)
     clamped = [name for name, matrix in held.items() if matrix["rank"] < rank]
-    assert any(notice.startswith("rank 100 is more than") for notice in report["notices"]) == bool(clamped)
+    assert any(notice.startswith("rank 100 is more than these have") for notice in report["notices"]) == bool(clamped)
 
 
 def test_embeddings_and_head_are_factors_where_they_are_two(tmp_path, mediator):
@@ -247,12 +247,14 @@ def test_the_extracted_adapters_merge(mediator, workshop):
         (("nowhere", "a"), "BASE", "no such folder"),
         (("base", "nowhere"), "MODEL", "no such folder"),
         (("base", "base"), "MODEL", "is the base itself"),
+        (("mine", "a"), "BASE", "is an adapter, and a model is needed here"),
         (("base", "a", "--include", "*nothing*"), "--include", "chooses no matrix"),
         (("base", "a", "--energy", "0"), "--energy", "must be more than 0"),
         (("base", "a", "-o", "s3://bucket/out"), "--output", "written into a folder"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(mediator, workshop, words, place, message):
+    write_adapter(workshop.folder / "mine", 1)
     before = all_files(workshop.folder)
     run = mediator("extract-lora", *words, *(() if "-o" in words else ("-o", "out")))
     assert run.code == 2

@@ -150,6 +150,7 @@ def test_nothing_to_compare_is_refused(workshop, refused):
     refused("recipe.yaml:4 keep_base", "nothing is left to compare", "keep fewer", "kinship", "recipe.yaml")
 
 
-def test_a_page_is_refused(workshop, refused):
+@pytest.mark.parametrize("file", ["kin.html", "kin.bmp"])
+def test_what_is_no_picture_is_refused(workshop, refused, file):
     workshop.recipe()
-    refused("kin.html", "drawn as a picture only", "use .png", "kinship", "recipe.yaml", "--plot", "kin.html")
+    refused(file, "drawn as a picture only", "use .png, .svg or .pdf", "kinship", "recipe.yaml", "--plot", file)

@@ -224,3 +224,11 @@ def test_plan_tells_weights_that_are_not_all_one(answer, mediator, workshop):
     assert answer(*words)["weights"] == {"a": [0.2, 1.0], "b": [1.0, 1.0]}
     row = next(line for line in mediator(*words).out.splitlines() if line.startswith(" weights"))
     assert row.split() == ["weights", "a", "0.2", "to", "1;", "b", "1"]
+
+
+def test_plan_tells_no_weights_of_stacked_layers(answer, mediator, workshop):
+    copied, merged = {"source": "base", "layers": "0-1"}, [{"source": name, "layers": 1} for name in "ab"]
+    merged[1]["weight"] = 0.5
+    workshop.recipe(assign={"rule": "none"}, slices=[copied, {"sources": merged}])
+    assert answer("plan", "recipe.yaml")["weights"] == {}
+    assert "\n weights" not in mediator("plan", "recipe.yaml").out

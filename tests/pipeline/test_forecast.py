@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import defaultdict
 from dataclasses import replace
 
@@ -228,6 +229,23 @@ def test_a_machine_is_measured_once_and_a_new_recipe_measures_what_it_adds(quick
     assert measured.count(LINEAR) == 1
     constants_for(plan, out, told.append, anew=True)
     assert measured.count(LINEAR) == 2
+
+
+def test_the_start_that_is_measured_is_that_of_a_whole_merge(monkeypatch):
+    """The command that is timed merges, and its processor time is what the machine counts as its own."""
+    monkeypatch.setattr(calibrate, "REPEATS", 0)
+    ended = []
+
+    def once(function):
+        began = time.monotonic()
+        ended.append(function())
+        return probe.Spent(0.0, time.monotonic() - began)
+
+    monkeypatch.setattr(calibrate, "best_time", once)
+    spent = calibrate._start()
+    assert ended[0].returncode == 0, ended[0].stderr
+    assert spent.cpu > 0
+    assert spent.wall > 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rates": 3, "disks": {}}', '{"rates": {}, "disks": {}}'])

@@ -55,6 +55,16 @@ def test_resume_merges_only_what_is_not_finished(workshop, mediator):
     assert mediator("merge", "two.yaml", "-o", "out").code == 2
 
 
+def test_a_fault_in_a_later_merge_is_told_before_the_first_is_carried_out(workshop, mediator):
+    last = LAST.replace("linear", "linaer").replace("dtype: float32", "dtype: int64")
+    (workshop.folder / "two.yaml").write_text(f"{HALF}---\n{last}")
+    run = mediator("merge", "two.yaml", "-o", "out")
+    assert run.code == 2
+    assert "mergekit's method 'linaer' has no counterpart here" in run.err
+    assert "did you mean 'linear'?" in run.err
+    assert not (workshop.folder / "out.steps").exists()
+
+
 def steps(tmp_path, *documents):
     path = tmp_path / "several.yaml"
     path.write_text("---\n".join(documents))

@@ -98,7 +98,7 @@ def _answer(error: Exception, source: str) -> tuple[str, str]:
         errors.DisabledRepoError: ("was disabled by the Hub", f"see {page}"),
         errors.RepositoryNotFoundError: (
             "no such repository on the Hub",
-            f"relative paths start at the recipe's folder; {_private_hint()}",
+            f"relative paths in a recipe start at the recipe's folder; {_private_hint()}",
         ),
     }
     told = next((told for kind, told in kinds.items() if isinstance(error, kind)), None)

@@ -64,7 +64,7 @@ def from_mergekit(
 def _check_keys(source: Source) -> Iterator[Problem]:
     if source.method not in COUNTERPARTS:
         message = f"mergekit's method '{source.method}' has no counterpart here"
-        yield source.problem(("merge_method",), message, f"those that have one: {', '.join(COUNTERPARTS)}")
+        yield source.problem(("merge_method",), message, did_you_mean(source.method, COUNTERPARTS))
     for key in source.data:
         if key not in (*_KEYS, *KNOWN, *IGNORED):
             yield source.problem((key,), f"unknown key '{key}'", did_you_mean(str(key), _KEYS))
