@@ -145,7 +145,7 @@ WAYS = {
     "one worker": {"workers": 1, "slab": BLOCK},
     "five workers, two blocks": {"workers": 5, "slab": 2 * BLOCK},
     "the same again": {"workers": 2, "slab": 4 * BLOCK},
-    "little memory": {"workers": 4, "memory": 240 << 20},
+    "little memory": {"workers": 4, "memory": 260 << 20},
     "much memory": {"workers": 2, "memory": 8 << 30},
 }
 

@@ -22,7 +22,7 @@ from scripts.catalogue.grid import Trial, trials
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 DEMO = CHECKOUT / "demo"
 WORK = DEMO / "catalogue"
-RESULTS = WORK / "results.json"
+RESULTS, OUTPUT = WORK / "results.json", WORK / "merged"
 ROWS = 50
 """Test rows of each task: a share of one half then has a standard error of 7 points, the mean over tasks of 3.5."""
 RANK = 64
@@ -44,13 +44,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.catalogue", description=__doc__)
     parser.add_argument("methods", nargs="*", help="default: all")
     parser.add_argument("--again", action="store_true", help="run what has a result already too")
+    parser.add_argument("--times", action="store_true", help="measure the merge alone anew of what has a result")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True, highlight=False)
     for trial in trials():
-        is_wanted = not arguments.methods or trial.method in arguments.methods
-        if is_wanted and (arguments.again or trial.name not in read_results()):
-            console.print(_told(trial, keep(trial, try_out(trial))), markup=False)
+        if arguments.methods and trial.method not in arguments.methods:
+            continue
+        known = read_results().get(trial.name)
+        if known and arguments.times:
+            merged = merge(trial)
+            result = Result(merged.wall, merged.peak, known["accuracy"])
+        elif known and not arguments.again:
+            continue
+        else:
+            result = try_out(trial)
+        keep(trial, result)
+        console.print(_told(trial, result), markup=False)
 
 
 def read_results() -> dict[str, Any]:
@@ -59,24 +69,27 @@ def read_results() -> dict[str, Any]:
     return known
 
 
-def keep(trial: Trial, result: Result) -> Result:
+def keep(trial: Trial, result: Result) -> None:
     """Write a result beside those that are there."""
     facts = {"method": trial.method, "parameters": dict(trial.parameters), "experts": list(trial.experts)}
-    RESULTS.write_text(
-        json.dumps({**read_results(), trial.name: {**facts, **vars(result)}}, indent=1), encoding="utf-8"
-    )
-    return result
+    known = {**read_results(), trial.name: {**facts, **vars(result)}}
+    RESULTS.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
 
 def try_out(trial: Trial) -> Result:
     """Merge, then answer."""
-    recipe, output = WORK / "recipe.yaml", WORK / "merged"
+    merged = merge(trial)
+    return Result(merged.wall, merged.peak, _answer(trial, OUTPUT))
+
+
+def merge(trial: Trial) -> Run:
+    """Run the command that merges."""
+    recipe = WORK / "recipe.yaml"
     experts = [{"name": name, "model": str(_expert(name, trial.adapters))} for name in trial.experts]
     average = {"method": trial.method, **trial.parameters}
     facts = {"version": 1, "base": str(DEMO / "base"), "experts": experts, "assign": {"rule": "none"}}
-    recipe.write_text(yaml.safe_dump(facts | {"average": average, "output": {"path": str(output)}}), encoding="utf-8")
-    merged: Run = run([*MEDIATOR, "merge", str(recipe), "--overwrite", "--quiet"])
-    return Result(merged.wall, merged.peak, _answer(trial, output))
+    recipe.write_text(yaml.safe_dump(facts | {"average": average, "output": {"path": str(OUTPUT)}}), encoding="utf-8")
+    return run([*MEDIATOR, "merge", str(recipe), "--overwrite", "--quiet"])
 
 
 def _answer(trial: Trial, model: Path) -> dict[str, float]:
