@@ -55,7 +55,13 @@ def assert_as_alone(model, queries, found):
         assert found[index].greedy == greedy
 
 
-@pytest.mark.parametrize("kind", sorted(TREE_MODELS))
+SOME_TREE_MODELS = [
+    pytest.param(kind, marks=[pytest.mark.slow] if kind in ("seed_oss", "smollm3") else [])
+    for kind in sorted(TREE_MODELS)
+]
+
+
+@pytest.mark.parametrize("kind", SOME_TREE_MODELS)
 def test_trees_score_as_single_sequences(kind):
     model = make_model(kind, **SIZES.get(kind, {}))
     model.set_attn_implementation("eager" if kind in EAGER else "sdpa")

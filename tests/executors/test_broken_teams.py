@@ -87,7 +87,7 @@ def fail_at_second_step(monkeypatch, faulty):
     monkeypatch.setattr(Journal, "write", write)
 
 
-@pytest.mark.parametrize("faulty", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("faulty", [0, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 2))])
 def test_when_one_process_fails_all_stop_and_say_why(workshop, expected, monkeypatch, faulty):
     with monkeypatch.context() as patch:
         fail_at_second_step(patch, faulty)
