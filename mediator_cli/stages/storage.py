@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mediator_cli.kernels.unify import unify
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -31,9 +33,7 @@ def elect_task_vector(rows: Floats) -> Floats:
     >>> elect_task_vector(np.array([[3, 1, 0], [-1, -1, 0], [1, 0, 0]], np.float32)).tolist()
     [3.0, -1.0, 0.0]
     """
-    above, below = np.maximum(rows.max(0), np.float32(0)), np.minimum(rows.min(0), np.float32(0))
-    elected: Floats = np.where(sum_rows(rows) > 0, above, below)
-    return elected
+    return unify(rows, np.ones(len(rows)))
 
 
 def agrees(row: Floats, elected: Floats) -> Flags:
