@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.verify import verify_bundle
     from mediator_cli.errors import MediatorError
     from mediator_cli.methods.registry import merge_method
-    from mediator_cli.pipeline.merge import analyze_conflicts, merge
+    from mediator_cli.pipeline.merge import merge
+    from mediator_cli.pipeline.survey import analyze_conflicts
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_recipe
@@ -26,7 +27,7 @@ _PLACES = {
     "MediatorError": "errors",
     "RoutedModel": "runtime.model",
     "Settings": "pipeline.settings",
-    "analyze_conflicts": "pipeline.merge",
+    "analyze_conflicts": "pipeline.survey",
     "load_recipe": "recipe.load",
     "make_plan": "plan.make",
     "merge": "pipeline.merge",

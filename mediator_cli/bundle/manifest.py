@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from mediator_cli.bundle.checksum import sha256
+from mediator_cli.bundle.mixture import MixtureRecord
 from mediator_cli.bundle.record import FileRecord, Record, SourceFile, WeightFile
 from mediator_cli.checkpoint.header import check_plain_name, read_json
 from mediator_cli.errors import BundleError, CheckpointError, Problem
@@ -23,6 +24,8 @@ ROUTER = "router.safetensors"
 SCHEMA_VERSION = 2
 GATED_SCHEMA_VERSION = 3
 """That of a manifest whose bundle stores some tensor in another way than sparsely; see README.md."""
+LATEST_SCHEMA_VERSION = 4
+"""That of a manifest of a Mixture of Experts, of experts that are asked, or whose outputs are combined; README.md."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -155,6 +158,10 @@ class PolicyRecord(Record):
         Literal["dense", "ignore"],
         Field(description="What answers an input unlike all tasks: the dense expert, or whatever the rule says."),
     ] = "dense"
+    combine: Annotated[
+        Literal["parameters", "probabilities", "logits", "hidden"],
+        Field(description="How several experts answer: mixed into one model, or apart and their outputs averaged."),
+    ] = "parameters"
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
@@ -178,20 +185,50 @@ class RouterReport(Record):
 class RouterRecord(Record):
     """The router: what it reads, how it decides, and its file."""
 
-    features: Literal["embedding_mean", "hidden_mean", "text"]
+    features: Literal["embedding_mean", "hidden_mean", "text", "perplexity", "gradient"]
     layer: Annotated[int | None, Field(ge=1, description="hidden_mean: decoder layers that run before the mean.")] = (
         None
     )
-    classifier: Literal["logistic", "gaussian", "prototype", "ridge"]
+    reads: Annotated[
+        Literal["turn", "prompt"], Field(description="Tokens that perplexity and gradient are of.")
+    ] = "turn"
+    first_token: Annotated[
+        Literal["skip", "bos"], Field(description="Whether the first of them is predicted, from a token before it.")
+    ] = "skip"
+    form: Annotated[
+        Literal["inverse", "posterior"] | None, Field(description="Scores of perplexity with classifier none.")
+    ] = None
+    classifier: Literal["logistic", "gaussian", "prototype", "ridge", "none"]
     experts: Annotated[
         tuple[str, ...], Field(min_length=1, description="Experts in the order of the router's outputs.")
     ]
     size: Annotated[int, Field(ge=1, description="Number of features.")]
     temperature: Annotated[FiniteFloat, Field(gt=0)]
-    outside_above: Annotated[FiniteFloat, Field(description="Score above which an input counts as unlike all tasks.")]
+    outside_above: Annotated[
+        FiniteFloat | None,
+        Field(description="Score above which an input counts as unlike all tasks; null: not known, none does."),
+    ]
     policy: PolicyRecord
-    report: RouterReport
-    file: FileRecord
+    report: Annotated[RouterReport | None, Field(description="Null where it was measured on no prompts.")]
+    file: Annotated[FileRecord | None, Field(description="Null with classifier none, which has no arrays.")]
+
+    @property
+    def asks(self) -> bool:
+        """Whether the experts themselves are asked about a prompt."""
+        return self.features in ("perplexity", "gradient")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        is_fitted = self.classifier != "none"
+        if not is_fitted and not self.asks:
+            raise ValueError(f"features {self.features} need a classifier")
+        if is_fitted and None in (self.outside_above, self.report, self.file):
+            raise ValueError("a fitted router has outside_above, report and file")
+        if not is_fitted and self.file is not None:
+            raise ValueError("classifier none has no file")
+        if (self.form is not None) != (self.features == "perplexity" and not is_fitted):
+            raise ValueError("form goes with perplexity and classifier none")
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -203,9 +240,9 @@ class RouterRecord(Record):
 
 
 class Manifest(Record):
-    """The routing manifest of a bundle: version 2, or 3 where experts are not stored sparsely."""
+    """The routing manifest of a bundle: version 2, 3 where experts are not stored sparsely, 4 of what came later."""
 
-    schema_version: Literal[2, 3]
+    schema_version: Literal[2, 3, 4]
     # The first field of that name in the text, whatever the others hold.
     checksum: Annotated[str, Field(description="SHA-256 of this file with an empty checksum.")] = ""
     generator: str
@@ -225,6 +262,7 @@ class Manifest(Record):
     shards: Annotated[tuple[WeightFile, ...], Field(description="The weight files of the dense expert.")]
     tensors: dict[str, TensorRecord]
     router: RouterRecord | None = None
+    moe: Annotated[MixtureRecord | None, Field(description="Of a Mixture of Experts; null for bundles.")] = None
     files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
     sizes: Sizes
     digest: Annotated[str, Field(description="SHA-256 over the digests of all tensors; see README.md.")]
@@ -238,7 +276,24 @@ class Manifest(Record):
         is_later = self.shared is not None or (self.extract is not None and self.extract.mode != "sparse")
         if is_later and self.schema_version == SCHEMA_VERSION:
             raise ValueError(f"shared arrays and modes are of version {GATED_SCHEMA_VERSION}")
+        if self.moe is not None and self.schema_version != LATEST_SCHEMA_VERSION:
+            raise ValueError(f"a Mixture of Experts is of version {LATEST_SCHEMA_VERSION}")
+        if _is_late(self.router) and self.schema_version != LATEST_SCHEMA_VERSION:
+            raise ValueError(f"experts asked or combined are of version {LATEST_SCHEMA_VERSION}")
         return self
+
+
+def _is_late(router: RouterRecord | None) -> bool:
+    return router is not None and (router.asks or router.policy.combine != "parameters")
+
+
+def with_router(manifest: Manifest, router: RouterRecord | None) -> Manifest:
+    """Give a manifest another router, and a version that knows what it then says."""
+    # Not below 3 again: overrides may store single tensors in another way, which the manifest does not tell.
+    version = min(manifest.schema_version, GATED_SCHEMA_VERSION)
+    if _is_late(router) or manifest.moe is not None:
+        version = LATEST_SCHEMA_VERSION
+    return manifest.model_copy(update={"router": router, "schema_version": version})
 
 
 def to_json(record: BaseModel) -> str:
@@ -253,16 +308,28 @@ def with_checksum(manifest: Manifest) -> Manifest:
 
 def _dump(record: BaseModel) -> str:
     data = record.model_dump(mode="json")
-    if isinstance(record, Manifest) and record.schema_version == SCHEMA_VERSION:
-        _drop_later_fields(data)
+    if isinstance(record, Manifest):
+        _drop_later_fields(data, record.schema_version)
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
-def _drop_later_fields(data: dict[str, Any]) -> None:
-    """Leave out what version 2 does not know, so that its readers read it and its bytes stay what they were."""
+def _drop_later_fields(data: dict[str, Any], version: int) -> None:
+    """Leave out what a version does not know, so that its readers read it and its bytes stay what they were."""
+    if version < LATEST_SCHEMA_VERSION:
+        del data["moe"]
+        _drop_from_router(data["router"])
+    if version >= GATED_SCHEMA_VERSION:
+        return
     del data["shared"]
     for name in ("mode", "scale", "mask_lambda", "directions") if data["extract"] else ():
         del data["extract"][name]
+
+
+def _drop_from_router(router: dict[str, Any] | None) -> None:
+    if router is not None:
+        del router["policy"]["combine"]
+        for name in ("reads", "first_token", "form"):
+            del router[name]
 
 
 def bundle_digest(
@@ -323,7 +390,8 @@ def file_names(manifest: Manifest) -> list[str]:
     shared = [] if manifest.shared is None else [manifest.shared]
     experts: list[SparseRecord | SharedRecord] = [*manifest.sparse, *shared]
     weights = [*manifest.shards, *(file for record in experts for file in record.files)]
-    others = [*manifest.files, *([] if manifest.router is None else [manifest.router.file])]
+    router = manifest.router.file if manifest.router is not None else None
+    others = [*manifest.files, *([] if router is None else [router])]
     return [file.name for file in weights] + [file.name for file in others]
 
 

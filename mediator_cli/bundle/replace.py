@@ -27,20 +27,21 @@ def replace_files(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) 
     Raises OutputError when the disk refuses.
     """
     old = read_manifest(folder)
-    own_record = manifest.router.file.name if manifest.router else ""
+    own_record = manifest.router.file.name if manifest.router and manifest.router.file else ""
     digests = {name: _record(name, data) for name, data in files.items() if name != own_record}
     listed = {record.name: record for record in manifest.files} | digests
     files_now = tuple(listed[name] for name in sorted(listed, key=PurePosixPath))
     new = with_checksum(manifest.model_copy(update={"files": files_now}))
-    router = None if old.router is None or old.router.file.name in files else old.router
+    replaced = old.router is not None and old.router.file is not None and old.router.file.name in files
+    router = None if replaced else old.router
     kept = tuple(record for record in old.files if record.name not in files)
     between = old.model_copy(update={"files": kept, "router": router})
     staged: dict[str, Path] = {}
     try:
         for name, data in files.items():
-            staged[name] = _stage(bundle_file(folder, name), data)
+            staged[name] = stage(bundle_file(folder, name), data)
         _put_manifest(folder, between)
-        _put(folder, staged)
+        put(folder, staged)
         _put_manifest(folder, new)
     finally:
         for file in staged.values():
@@ -53,14 +54,14 @@ def _record(name: str, data: bytes) -> FileRecord:
 
 
 def _put_manifest(folder: Path, manifest: Manifest) -> None:
-    staged = _stage(folder / MANIFEST, to_json(manifest).encode())
+    staged = stage(folder / MANIFEST, to_json(manifest).encode())
     try:
-        _put(folder, {MANIFEST: staged})
+        put(folder, {MANIFEST: staged})
     finally:
         staged.unlink(missing_ok=True)
 
 
-def _stage(target: Path, data: bytes) -> Path:
+def stage(target: Path, data: bytes) -> Path:
     """Write beside the target, through to the disk."""
     staged = target.with_name(f".{target.name}.new")
     try:
@@ -74,7 +75,7 @@ def _stage(target: Path, data: bytes) -> Path:
     return staged
 
 
-def _put(folder: Path, staged: Mapping[str, Path]) -> None:
+def put(folder: Path, staged: Mapping[str, Path]) -> None:
     """Rename staged files into place and make the renames last."""
     try:
         for name, file in staged.items():

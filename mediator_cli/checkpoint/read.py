@@ -17,7 +17,7 @@ from mediator_cli.checkpoint.remote.folder import remote_file
 from mediator_cli.checkpoint.remote.handle import open_remote
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.kernels.arrays import bytes_of
-from mediator_cli.kernels.floats import is_finite, widen_bf16, widen_f16
+from mediator_cli.kernels.floats import is_finite, narrow_bf16, narrow_f16, widen_bf16, widen_f16
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -120,6 +120,14 @@ def widen(stored: NDArray[Any], dtype: str, out: Floats) -> bool:
     with np.errstate(all="ignore"):
         out[:] = stored
     return is_finite(out)
+
+
+def narrow(values: Floats, dtype: str) -> tuple[NDArray[Any], bool]:
+    """Round float32 [m] once to what is stored of a dtype; tell whether all results are finite."""
+    if dtype not in ("BF16", "F16"):
+        return values.astype(STORED_DTYPES[dtype], copy=False), is_finite(values)
+    out = np.empty(len(values), np.uint16)
+    return out, (narrow_bf16 if dtype == "BF16" else narrow_f16)(values, out)
 
 
 class Reader(Protocol):

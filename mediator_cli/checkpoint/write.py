@@ -50,10 +50,10 @@ def header_bytes(tensors: Sequence[NewTensor], metadata: Mapping[str, str], rese
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def plan_shards(tensors: Sequence[NewTensor], shard_size: int) -> dict[str, tuple[NewTensor, ...]]:
+def plan_shards(tensors: Sequence[NewTensor], shard_size: int, n_more: int = 0) -> dict[str, tuple[NewTensor, ...]]:
     """Share tensors among files of at most `shard_size` bytes, in order; a larger tensor gets a file of its own.
 
-    Inside a file wider dtypes come first, which keeps every tensor aligned.
+    Inside a file wider dtypes come first, which keeps every tensor aligned. Names count `n_more` files behind these.
     """
     shards: list[list[NewTensor]] = [[]]
     filled = 0
@@ -63,12 +63,21 @@ def plan_shards(tensors: Sequence[NewTensor], shard_size: int) -> dict[str, tupl
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.n_bytes
-    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    names = ["model.safetensors"] if len(shards) == 1 else names
+    total = len(shards) + n_more
+    names = [shard_name(n, total) for n in range(1, len(shards) + 1)]
     return {
         name: tuple(sorted(shard, key=lambda tensor: -DTYPE_BYTES[tensor.dtype]))
         for name, shard in zip(names, shards, strict=True)
     }
+
+
+def shard_name(number: int, total: int) -> str:
+    """Name one of so many files of weights, counted from 1.
+
+    >>> shard_name(2, 3), shard_name(1, 1)
+    ('model-00002-of-00003.safetensors', 'model.safetensors')
+    """
+    return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def create_file(file: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> dict[str, TensorInfo]:
@@ -121,6 +130,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the disk has a folder with all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def index_json(shards: Mapping[str, Sequence[NewTensor]]) -> dict[str, object]:

@@ -20,9 +20,11 @@ import typer
 from mediator_cli.cli.ablate import ablate
 from mediator_cli.cli.analyze_conflicts import analyze_conflicts
 from mediator_cli.cli.chat import chat
+from mediator_cli.cli.compress_moe import compress_moe
 from mediator_cli.cli.evaluate import evaluate
 from mediator_cli.cli.extract_lora import extract_lora
 from mediator_cli.cli.fit_router import fit_router
+from mediator_cli.cli.gates import gates
 from mediator_cli.cli.generate import generate
 from mediator_cli.cli.init import init
 from mediator_cli.cli.inspect import inspect
@@ -73,6 +75,8 @@ for command in (
     kinship,
     merge,
     extract_lora,
+    gates,
+    compress_moe,
     inspect,
     verify,
     fit_router,

@@ -53,7 +53,7 @@ def fit_router(
     old = read_manifest(folder)
     wishes = {"features": features, "layer": layer, "classifier": classifier, "policy": _policy(policy)}
     spec = _spec(old, {name: wish for name, wish in wishes.items() if wish is not None})
-    files = {name: Path(file) for name, file in _pairs("--prompts", prompts or ())}
+    files = {name: Path(file) for name, file in pairs("--prompts", prompts or ())}
     quiet_transformers()
     from mediator_cli.pipeline.router import refit_router
 
@@ -69,14 +69,15 @@ def fit_router(
     say(f'Next: mediator route {folder} "a prompt"')
 
 
-def _pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+def pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Split NAME=FILE and FIELD=VALUE; raise BundleError with all that are not of this form."""
     from mediator_cli.errors import BundleError, Problem
 
-    pairs = [text.partition("=") for text in texts]
-    if wrong := [text for text, (name, _, value) in zip(texts, pairs, strict=True) if not name or not value]:
+    parts = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, _, value) in zip(texts, parts, strict=True) if not name or not value]:
         wanted = "NAME=FILE" if option == "--prompts" else "FIELD=VALUE"
         raise BundleError([Problem(option, f"'{text}' is not {wanted}", f"write {option} {wanted}") for text in wrong])
-    return [(name, value) for name, _, value in pairs]
+    return [(name, value) for name, _, value in parts]
 
 
 def _policy(texts: Sequence[str] | None) -> dict[str, Any] | None:
@@ -87,7 +88,7 @@ def _policy(texts: Sequence[str] | None) -> dict[str, Any] | None:
     if texts is None:
         return None
     try:
-        return {name: yaml.safe_load(value) for name, value in _pairs("--policy", texts)}
+        return {name: yaml.safe_load(value) for name, value in pairs("--policy", texts)}
     except yaml.YAMLError:
         raise BundleError(Problem("--policy", "a value is not YAML", "quote it")) from None
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mediator_cli.cli.mixture import print_mixture
+from mediator_cli.cli.heterogeneous import carry_out, refuse_options
 from mediator_cli.cli.options import (
     JsonOption,
     MemoryOption,
@@ -75,7 +77,14 @@ def merge(
     from mediator_cli.pipeline.documents import load_last
     from mediator_cli.pipeline.download import plan_with_unseen
     from mediator_cli.pipeline.upload import output_url
+    from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
 
+    if is_heterogeneous_recipe(recipe, changes or ()):
+        others = {"--conflicts": conflicts, "--resume": resume, "--address": address, "--ray-workers": ray_workers}
+        refuse_options({**others, "--executor": executor != "local"})
+        given = {"overwrite": overwrite, "offline": offline, "as_json": as_json, "quiet": quiet}
+        carry_out(recipe, changes or (), output, **given)
+        return
     _check_executor(executor, address, ray_workers)
     place, patience = _place() if executor == "rank" else (None, 0.0)
     told = Told(quiet)
@@ -87,7 +96,7 @@ def merge(
         raise OutputError(Problem("--executor", "adapters are small: one process merges them", "leave it out"))
     url = _check_url(output_url(made, output), executor, offline=offline)
     told.tell(*made.notices)
-    if made.router is not None:
+    if made.router is not None or made.moe is not None:
         quiet_transformers()
     started = time.monotonic()
     with shown_progress(quiet) as progress:
@@ -203,6 +212,7 @@ def summary(place: str, manifest: Manifest, seconds: float) -> dict[str, object]
         "digest": manifest.digest,
         "assignment": manifest.assignment,
         "scores": manifest.conflict.scores if manifest.conflict else None,
+        "moe": manifest.moe.model_dump(mode="json") if manifest.moe else None,
         "router": manifest.router.report.model_dump(mode="json") if manifest.router else None,
         "sizes": manifest.sizes.model_dump(),
         "seconds": round(seconds, 2),
@@ -212,7 +222,8 @@ def summary(place: str, manifest: Manifest, seconds: float) -> dict[str, object]
 def _print(place: str, manifest: Manifest, seconds: float) -> None:
     print_bundle(place, manifest)
     say(f"written in {seconds:.1f} s, digest {manifest.digest}")
-    say(f"Next: mediator inspect {place}   ·   mediator verify {place}")
+    more = "gates" if manifest.moe else "inspect"
+    say(f"Next: mediator {more} {place}   ·   mediator verify {place}")
 
 
 def shown_folder(folder: Path) -> str:
@@ -223,7 +234,10 @@ def shown_folder(folder: Path) -> str:
 
 
 def print_bundle(place: str, manifest: Manifest) -> None:
-    """Print the assignment of every unit, what each expert keeps, and the sizes."""
+    """Print the assignment of every unit, what each expert keeps, and the sizes; of a mixture, its experts."""
+    if manifest.moe is not None:
+        print_mixture(place, manifest, manifest.moe)
+        return
     scores = manifest.conflict.scores if manifest.conflict else {}
     rows = [
         (unit, decision, f"{scores[unit]:.3f}" if unit in scores else "", _energy(manifest, unit))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mediator_cli.cli.mixture import mixture_rows
+from mediator_cli.cli.heterogeneous import show_plan
 from mediator_cli.cli.options import JsonOption, MemoryOption, OfflineOption, RecipeArgument, SetOption, WorkersOption
 from mediator_cli.cli.output import console, print_json, print_notices, print_table, say
 from mediator_cli.recipe.sizes import human_bytes
@@ -41,23 +43,30 @@ def plan(
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
+    from mediator_cli.pipeline.mixture_plan import describe_mixture, widest_mixture
     from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.pipeline.settings import output_folder
     from mediator_cli.plan.make import make_plan
+    from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
     from mediator_cli.recipe.load import load_partly
 
+    if is_heterogeneous_recipe(recipe, changes or ()):
+        show_plan(recipe, changes or (), output, offline=offline, as_json=as_json)
+        return
     made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     run = settings(memory, workers)
+    mixture = describe_mixture(made) if made.moe else None
+    made = widest_mixture(made) if made.moe else made
     if made.modules:
         _plan_adapter(made, output, run, recipe, as_json=as_json)
         return
     # What cannot be done is told before anything is measured.
-    report = describe_plan(made, output, run)
+    report = describe_plan(made, output, run, mixture=mixture)
     if calibrate is not False:
         from mediator_cli.pipeline.calibrate import constants_for, likely_cache
 
         constants = constants_for(made, output_folder(made, output), _tell, anew=calibrate is True)
-        report = describe_plan(made, output, run, constants, likely_cache(made))
+        report = describe_plan(made, output, run, constants, likely_cache(made), mixture)
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
@@ -86,11 +95,11 @@ def _tell(text: str) -> None:
 def _print(report: PlanReport) -> None:
     rows = [
         ("layers", f"{report.n_layers} ({report.n_units} units, {report.n_tensors} tensors)"),
-        ("assignment", report.assignment),
+        *([] if report.moe else [("assignment", report.assignment)]),
         ("settings", "; ".join(f"{what} from {who}" for what, who in report.settings_from.items())),
         ("download", _downloads(report.download_bytes)),
         ("read", f"{human_bytes(sum(report.read_bytes.values()))}: " + _stages(report.read_bytes)),
-        ("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts"),
+        *_written(report),
         *_times(report),
         ("peak memory", f"about {human_bytes(report.peak_memory)} with {report.workers} workers"),
         ("free disk", f"{human_bytes(report.free_disk)} at {report.output}"),
@@ -107,6 +116,12 @@ def _print(report: PlanReport) -> None:
         print_table(("setting", "winner", "value", "others"), cells, title="where the sources differ")
     else:
         say("config, generation config, tokenizer and chat template are the same in all sources.\n")
+
+
+def _written(report: PlanReport) -> list[tuple[str, str]]:
+    if report.moe is not None:
+        return mixture_rows(report.moe)
+    return [("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts")]
 
 
 def _times(report: PlanReport) -> list[tuple[str, str]]:

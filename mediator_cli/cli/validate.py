@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from mediator_cli.cli.heterogeneous import validate_heterogeneous
 from mediator_cli.cli.options import JsonOption, OfflineOption, RecipeArgument, SetOption
 from mediator_cli.cli.output import print_json, print_notices, problem_rows, say
 
@@ -16,9 +17,13 @@ def validate(
     from mediator_cli.errors import MediatorError
     from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.plan.make import make_plan
+    from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
     from mediator_cli.recipe.load import load_partly
 
     try:
+        if is_heterogeneous_recipe(recipe, changes or ()):
+            validate_heterogeneous(recipe, changes or (), offline=offline, as_json=as_json)
+            return
         plan = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     except MediatorError as error:
         if not as_json:

@@ -15,7 +15,7 @@ from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import scores_by_measure
 from mediator_cli.pipeline.download import download_weights
-from mediator_cli.pipeline.merge import analyze_conflicts
+from mediator_cli.pipeline.survey import analyze_conflicts
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mediator_cli.checkpoint.header import FLOAT_DTYPES
-from mediator_cli.checkpoint.read import STORED_DTYPES, LocalHandle, read_slab
+from mediator_cli.checkpoint.read import LocalHandle, narrow, read_slab
 from mediator_cli.checkpoint.write import write_at
 from mediator_cli.engine.matrices import as_seen, as_stored, naming
 from mediator_cli.engine.statistics import of_piece
 from mediator_cli.engine.streams import not_finite, pieces
 from mediator_cli.kernels.arrays import bytes_of
-from mediator_cli.kernels.floats import is_finite, narrow_bf16, narrow_f16
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -88,14 +87,6 @@ def _slab(streams: Streams, tensor: DenseTensor, piece: Piece, found: Mapping[st
     if not is_whole:
         raise not_finite(_too_large(merged, tensor.plan.dtype), f"the merged tensor in {tensor.plan.dtype}", piece)
     return stored
-
-
-def narrow(values: Floats, dtype: str) -> tuple[NDArray[Any], bool]:
-    """Round float32 [m] once to what is stored of a dtype; tell whether all results are finite."""
-    if dtype not in ("BF16", "F16"):
-        return values.astype(STORED_DTYPES[dtype], copy=False), is_finite(values)
-    out = np.empty(len(values), np.uint16)
-    return out, (narrow_bf16 if dtype == "BF16" else narrow_f16)(values, out)
 
 
 def _too_large(values: Floats, dtype: str) -> Floats:

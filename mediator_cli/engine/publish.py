@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mediator_cli.checkpoint.write import sync, write_error
+from mediator_cli.checkpoint.write import sync, sync_tree, write_error
 from mediator_cli.engine.journal import Journal, forget_journal, has_journal, may_overwrite, open_journal, start_journal
 from mediator_cli.engine.team import Alone
 from mediator_cli.errors import OutputError, Problem
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from mediator_cli.engine.team import Team
 
+_MANIFESTS = ("routing_manifest.json", "adapter_manifest.json", "heterogeneous_manifest.json", "compression.json")
+"""Files that show that a folder was made here, so that it may be replaced."""
 Mode = Literal["new", "overwrite", "resume"]
 """What may stand at the output: nothing; a bundle or an interrupted merge, which goes; a merge that is gone on with."""
 
@@ -53,7 +55,7 @@ def _check_replaceable(target: Path, *, replaces: bool) -> None:
     if not target.is_dir() or target.is_symlink():
         raise OutputError(Problem(str(target), "exists and is not a folder", "choose another output"))
     is_empty = not any(target.iterdir())
-    is_bundle = any((target / name).is_file() for name in ("routing_manifest.json", "adapter_manifest.json"))
+    is_bundle = any((target / name).is_file() for name in _MANIFESTS)
     if is_empty or (replaces and is_bundle):
         return
     if replaces:
@@ -94,7 +96,7 @@ def _lead(target: Path, mode: Mode, key: Mapping[str, Any], team: Team) -> Itera
                 yield Building(building, journal)
             finally:
                 keep = journal.any_finished()
-        _sync_tree(building)
+        sync_tree(building)
         _swap(building, target)
         keep = False
     except OSError as error:
@@ -174,11 +176,6 @@ def can_resume(target: Path) -> bool:
 def _can_go_on(notes: Path, building: Path) -> bool:
     # Where the journal stands alone, the merge was killed after its bundle was renamed into place.
     return has_journal(notes) and building.is_dir()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
 
 
 def _recover(target: Path) -> None:

@@ -141,16 +141,24 @@ def _logits(job: Job, batch: Batch, opening: Opening) -> torch.Tensor:
         if job.is_tree
         else torch.from_numpy(batch.mask[:, -1]).long().to(device),
         "logits_to_keep": batch.n_kept,
+        "prompt_mask": None if job.is_tree else torch.from_numpy(_prompt_mask(batch)).to(device),
         "use_cache": opening.cache is not None,
     }
     if opening.cache is not None:
         inputs["past_key_values"] = copy.deepcopy(opening.cache)
         inputs["past_key_values"].batch_repeat_interleave(len(batch.ids))
     known = inspect.signature(model.forward).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        inputs = {name: value for name, value in inputs.items() if name in known}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    inputs = {n: value for n, value in inputs.items() if n in known or (takes_all and n != "prompt_mask")}
     logits: torch.Tensor = model(**inputs).logits
     return logits[:, -batch.n_kept :]
+
+
+def _prompt_mask(batch: Batch) -> NDArray[np.bool_]:
+    """Mark the tokens [rows, width] of the prompt, of bins with one query each: the last one predicts the answer."""
+    first = {row: columns[0] for row, columns in batch.reads.values()}
+    ends = np.array([first[row] for row in range(len(batch.ids))]) + batch.ids.shape[1] - batch.n_kept
+    return batch.mask[:, -1] & (np.arange(batch.ids.shape[1]) <= ends[:, None])
 
 
 def _tree_mask(batch: Batch, model: PreTrainedModel) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mediator_cli.bundle.manifest import MANIFEST, read_manifest
 from mediator_cli.checkpoint.adapter.open import open_adapter
+from mediator_cli.checkpoint.header import read_json
+from mediator_cli.checkpoint.heterogeneous import is_heterogeneous
 from mediator_cli.checkpoint.hub.find import ONLINE, Access
 from mediator_cli.checkpoint.source import find_location, is_adapter, open_checkpoint, side_files, weight_files
 from mediator_cli.errors import CheckpointError, MediatorError, Problem, did_you_mean
@@ -170,6 +172,8 @@ def load_candidate(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTok
     from mediator_cli.runtime.prompts import load_tokenizer
 
     download_candidates([candidate])
+    if candidate.kind == "model" and is_heterogeneous(read_json(candidate.path / "config.json")):
+        import mediator_cli.moe.heterogeneous
     if candidate.kind == "bundle" and candidate.part != DENSE:
         return open_bundle(candidate.path), load_tokenizer(candidate.path)
     if candidate.base is None:

@@ -28,6 +28,7 @@ from mediator_cli.methods.statistics import PerRow, Sum, over_tensor
     presets={
         "mergekit": {"density": 1.0, "rescale": "l1", "normalize": False},
         "fusion_bench": {"density": 0.5, "lambda": 0.3, "normalize": False},
+        "mergeme": {"lambda": 1 / 3, "normalize": False},
     },
     random=True,
     rows=(PerRow("chances", constant_chances, only_where_own, where_own="density"),),
@@ -56,7 +57,8 @@ def dare_linear(
     rescaling is large.
 
     Elsewhere: defaults follow the authors' command for language models: 20 % dropped, rescaled, averaged. mergekit
-    rescales to the L1 norm that the delta had before; fusion_bench drops half and sums.
+    rescales to the L1 norm that the delta had before; fusion_bench drops half and sums. MergeME sums with
+    λ = 1/3, for all that the experts of a mixture share.
 
     >>> import numpy as np
     >>> half = np.array([[0.1, 0.9]], np.float32)

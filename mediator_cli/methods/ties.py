@@ -56,6 +56,7 @@ def _rescaled(deltas: Floats, thresholds: Floats, rescale: TrimRescale, l1: Doub
     presets={
         "mergekit": {"density": 1.0, "trim": "tensor", "keep": "exact", "zero_sign": "positive"},
         "fusion_bench": {"lambda": 0.3, "merge": "sum"},
+        "mergeme": {"density": 0.8, "lambda": 1 / 3, "merge": "sum"},
         "mergelm": {"keep": "dropped"},
         "mergellm": {"trim": "tensor", "keep": "dropped"},
     },
@@ -87,6 +88,7 @@ def ties(
 
     Elsewhere: the authors rank over the model; mergekit and MergeLLM per tensor. mergekit trims nothing unless told to,
     and a tie of signs counts as plus there. fusion_bench sums what agrees and has λ = 0.3.
+    MergeME sums too, with λ = 1/3, and trims a fifth: for all that the experts of a mixture share.
 
     >>> ties(np.array([[4, 1, -2], [2, -3, 1]], np.float32), np.ones(2), density=0.4).tolist()
     [3.0, -3.0, -2.0]

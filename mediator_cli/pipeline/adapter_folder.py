@@ -15,8 +15,8 @@ from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.header import read_header
+from mediator_cli.checkpoint.read import narrow
 from mediator_cli.checkpoint.write import NewTensor, header_bytes, write_at, write_error
-from mediator_cli.engine.combine import narrow
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.kernels.arrays import bytes_of
 from mediator_cli.pipeline.record import commit_of, label, package_version

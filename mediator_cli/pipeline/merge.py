@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.digest import digest_tensors, file_digest, sparse_digests
@@ -18,12 +19,13 @@ from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.engine.streams import open_streams
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.pipeline.adapters import merge_adapters
-from mediator_cli.pipeline.align import align_sources, open_aligned
+from mediator_cli.pipeline.align import align_sources
 from mediator_cli.pipeline.assign import assign_plan
-from mediator_cli.pipeline.conflicts import check_pair, reuse_report, scores_by_measure
+from mediator_cli.pipeline.conflicts import reuse_report, scores_by_measure
 from mediator_cli.pipeline.cost import measures_conflict
 from mediator_cli.pipeline.download import download_weights, free_bytes
 from mediator_cli.pipeline.lineage import tell_doubts
+from mediator_cli.pipeline.mixture import decide_layers, made_file, write_made
 from mediator_cli.pipeline.progress import counter
 from mediator_cli.pipeline.record import Outcome, SparseFiles, make_manifest, model_card, package_version
 from mediator_cli.pipeline.routable import check_routing
@@ -50,20 +52,6 @@ if TYPE_CHECKING:
     from mediator_cli.stages.assign import Decision
 
 
-def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictReport:
-    """Measure how much the experts of a plan disagree, without merging."""
-    run, seen = settings or Settings(), Digests()
-    check_pair(plan)
-    download_weights(plan, run.progress)
-    with open_aligned(plan, run, seen) as streams:
-        tell_doubts(plan, streams, run.notify)
-        survey = take_survey(plan, (), streams, run, conflict=True)
-    report = conflict_report(plan, survey, source_files(plan, seen, run))
-    if report is None:
-        raise RuntimeError("a survey of conflict counts it")
-    return report
-
-
 def merge(
     plan: Plan, output: Path | str | None = None, conflicts: Path | None = None, settings: Settings | None = None
 ) -> Path:
@@ -75,6 +63,8 @@ def merge(
     run = settings or Settings()
     if plan.modules:
         return merge_adapters(plan, output, conflicts, run)
+    plan, decided = decide_layers(plan, conflicts, run)
+    conflicts = None if plan.moe else conflicts
     given, plan = plan, check_routing(plan)
     for notice in plan.notices[len(given.notices) :]:
         run.notify(notice)
@@ -91,7 +81,7 @@ def merge(
     download_weights(plan, run.progress, target, dense_bytes(plan))
     files = identities(plan)
     with publish(target, mode, work_key(plan, conflicts, files), run.team) as building:
-        _build(plan, building, target.name, conflicts, job, run)
+        _build(plan, building, _Given(target.name, conflicts, decided), job, run)
         check_unchanged(plan, files)
     return target if url is None else upload_bundle(target, url, run.progress)
 
@@ -104,17 +94,27 @@ def work_key(plan: Plan, conflicts: Path | None, files: Mapping[str, Any]) -> di
     return {**key, **{f"the file {path}": facts for path, facts in files.items()}}
 
 
-def _build(
-    plan: Plan, building: Building, title: str, conflicts: Path | None, job: RouterJob | None, run: Settings
-) -> None:
+@dataclass(frozen=True)
+class _Given:
+    """What a merge is given beside the plan: its title, and a report of conflict as a file, or made for it already."""
+
+    title: str
+    conflicts: Path | None
+    decided: ConflictReport | None
+
+
+def _build(plan: Plan, building: Building, given: _Given, job: RouterJob | None, run: Settings) -> None:
     seen, folder = Digests(), building.folder
     aligned = align_sources(plan, run, folder)
     with open_streams(plan, seen, aligned.axes) as streams, one_blas_thread(plan.tensors):
         doubts = (*aligned.notices, *tell_doubts(plan, streams, run.notify))
-        given = None if conflicts is None else reuse_report(plan, conflicts, source_files(plan, seen, run))
-        survey = _survey(plan, streams, given, building, run)
-        report = given or conflict_report(plan, survey, {})
-        assignment = assign_plan(plan, scores_by_measure(plan, report) if report else {})
+        known = given.decided
+        if given.conflicts is not None:
+            known = reuse_report(plan, given.conflicts, source_files(plan, seen, run))
+        survey = _survey(plan, streams, known, building, run)
+        report = known or conflict_report(plan, survey, {})
+        scores = scores_by_measure(plan, report) if report and not plan.moe else {}
+        assignment = assign_plan(plan, scores)
         work = _work(plan, streams, assignment, survey, building, seen, run)
         written = carry_out_batches(work)
         work.advance(work.elements)
@@ -125,11 +125,15 @@ def _build(
         report = report.model_copy(update={"sources": sources})
         (folder / CONFLICTS).write_text(to_json(report), encoding="utf-8")
     write_side_files(plan, folder)
-    if len(work.shards) > 1:
-        shards = {shard.name: shard.members for shard in work.shards}
+    shards = {shard.name: shard.members for shard in work.shards}
+    if plan.moe is not None:
+        shards[made_file(len(work.shards))] = plan.moe.made
+    if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", index_json(shards))
     router, notices = _write_router(folder, job, bool(written.kept), run)
-    outcome = Outcome(title, sources, report, assignment, written, router, (*doubts, *notices))
+    made = write_made(plan, plan.moe, folder, len(work.shards), run) if plan.moe is not None else None
+    notices = (*doubts, *notices, *(made.notices if made else ()))
+    outcome = Outcome(given.title, sources, report, assignment, written, router, notices, made)
     _write_records(plan, folder, work, outcome)
 
 
@@ -157,7 +161,8 @@ def _work(
     run: Settings,
 ) -> Work:
     """Cut the plan into batches, and say what is done with each tensor."""
-    files = plan_shards([new_tensor(t) for t in plan.tensors], parse_size(plan.loaded.recipe.output.shard_size))
+    shard_size = parse_size(plan.loaded.recipe.output.shard_size)
+    files = plan_shards([new_tensor(t) for t in plan.tensors], shard_size, 1 if plan.moe else 0)
     routed = [t for t in plan.tensors if assignment[t.unit] == "route" and t.can_be_routed]
     keeps_base = plan.loaded.recipe.extract.dense == "base"
     from_base = {t.name for t in plan.tensors if keeps_base and t.mixable and assignment[t.unit] == "route"}
@@ -226,6 +231,8 @@ def _write_records(plan: Plan, folder: Path, work: Work, outcome: Outcome) -> No
     for shard in work.shards:
         digests = {tensor.name: outcome.written.dense[tensor.name] for tensor in shard.tensors}
         shards |= dict.fromkeys(digests, _weight_file(folder, shard.name, digests))
+    if (made := outcome.made) is not None:
+        shards |= dict.fromkeys(made.digests, _weight_file(folder, made.file, made.digests))
     # The manifest of a merge that was killed when it had written it may stand there.
     weights = {folder / record.name for record in shards.values()} | {folder / ROUTER, folder / MANIFEST}
     weights |= {folder / record.name for files in (*sparse.values(), shared) for record in files.files}

@@ -18,10 +18,9 @@ from mediator_cli.checkpoint.adapter.read import AdapterReader
 from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.checkpoint.digest import Digests, digest_blocks
 from mediator_cli.checkpoint.header import DTYPE_BYTES
-from mediator_cli.checkpoint.read import FullReader, open_files, read_floats
+from mediator_cli.checkpoint.read import FullReader, narrow, open_files, read_floats
 from mediator_cli.checkpoint.write import NewTensor, create_file
 from mediator_cli.engine.batches import cut_shards
-from mediator_cli.engine.combine import narrow
 from mediator_cli.engine.conflict import count_tensors
 from mediator_cli.engine.journal import start_journal
 from mediator_cli.engine.pool import run_all

@@ -6,11 +6,12 @@ import hashlib
 import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mediator_cli.bundle.card import router_card, with_block
 from mediator_cli.bundle.manifest import (
     GATED_SCHEMA_VERSION,
+    LATEST_SCHEMA_VERSION,
     SCHEMA_VERSION,
     ConflictRecord,
     ExtractRecord,
@@ -27,8 +28,8 @@ from mediator_cli.bundle.manifest import (
 )
 from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.digest import digest_file
-from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
+from mediator_cli.pipeline.settings import written_tensors
 from mediator_cli.pipeline.side_files import license_of
 from mediator_cli.plan.overrides import resolve_extract
 
@@ -37,11 +38,14 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.bundle.mixture import MixtureRecord
     from mediator_cli.bundle.record import SourceFile, WeightFile
     from mediator_cli.checkpoint.hub.repo import HubRepo
+    from mediator_cli.checkpoint.write import NewTensor
     from mediator_cli.engine.extract.encode import Kept
+    from mediator_cli.pipeline.mixture import Made
     from mediator_cli.pipeline.write import Written
-    from mediator_cli.plan.model import ExpertSource, Plan, TensorPlan
+    from mediator_cli.plan.model import ExpertSource, Plan
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.stages.assign import Decision
 
@@ -60,6 +64,7 @@ class Outcome:
     written: Written
     router: RouterRecord | None = None
     notices: tuple[str, ...] = ()
+    made: Made | None = None
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,12 @@ def make_manifest(
 ) -> Manifest:
     """Gather everything that a reader of the bundle may ask; `shards` are by the name of a tensor in them."""
     recipe = plan.loaded.recipe
-    dense = sum(DTYPE_BYTES[tensor.dtype] * tensor.size for tensor in plan.tensors)
-    digests = {tensor.name: outcome.written.dense[tensor.name] for tensor in plan.tensors}
+    written = written_tensors(plan)
+    dense = sum(tensor.n_bytes for tensor in written)
+    one_model = sum(info.n_bytes for info in plan.base.tensors.values()) if plan.moe else dense
+    digests = {**outcome.written.dense, **(outcome.made.digests if outcome.made else {})}
     return Manifest(
-        schema_version=GATED_SCHEMA_VERSION if _is_gated(plan, outcome) else SCHEMA_VERSION,
+        schema_version=_version_of(plan, outcome),
         generator=f"mediator {package_version()}",
         recipe=recipe_record(plan),
         base=_source(plan, outcome, "base", recipe.base),
@@ -105,18 +112,25 @@ def make_manifest(
         sparse=tuple(_sparse_record(plan, outcome, name, files) for name, files in sparse.items()),
         shared=SharedRecord(files=shared.files, tensors=dict(shared.tensors)) if shared.files else None,
         shards=tuple(dict.fromkeys(shards.values())),
-        tensors={tensor.name: _tensor(tensor, shards[tensor.name], digests[tensor.name]) for tensor in plan.tensors},
+        tensors={tensor.name: _tensor(tensor, shards[tensor.name], digests[tensor.name]) for tensor in written},
         files=files,
         sizes=Sizes(
             dense=dense,
             sparse=sum(file.bytes for each in (*sparse.values(), shared) for file in each.files),
-            full_models=dense * len(plan.experts),
+            full_models=one_model * len(plan.experts),
         ),
         digest=bundle_digest(digests, {name: each.tensors for name, each in sparse.items()}, shared.tensors),
         router=outcome.router,
+        moe=outcome.made.record if outcome.made else None,
         averaged_in_routed_units=_unmixed(plan, outcome),
         notices=(*plan.notices, *outcome.notices),
     )
+
+
+def _version_of(plan: Plan, outcome: Outcome) -> Literal[2, 3, 4]:
+    if outcome.made is not None:
+        return LATEST_SCHEMA_VERSION
+    return GATED_SCHEMA_VERSION if _is_gated(plan, outcome) else SCHEMA_VERSION
 
 
 def _is_gated(plan: Plan, outcome: Outcome) -> bool:
@@ -223,14 +237,13 @@ def _unit_record(kept: list[Kept], n_entries: int) -> SparseUnitRecord:
     return SparseUnitRecord(n_kept=sum(k.n_kept for k in kept), n_entries=n_entries, energy=round(share, 6))
 
 
-def _tensor(tensor: TensorPlan, shard: WeightFile, digest: str) -> TensorRecord:
+def _tensor(tensor: NewTensor, shard: WeightFile, digest: str) -> TensorRecord:
     return TensorRecord(file=shard.name, dtype=tensor.dtype, shape=tensor.shape, xxh3=digest)
 
 
 def model_card(plan: Plan, outcome: Outcome) -> str:
     """Write the bundle's README: lineage, licences, how it was made and how it is loaded."""
     recipe = plan.loaded.recipe
-    routed = [unit for unit, decision in outcome.assignment.items() if decision == "route"]
     folders = {"base": plan.base.path, **{e.name: e.source.path for e in plan.experts}}
     written = {"base": recipe.base, **{spec.name: spec.model for spec in recipe.experts}}
     licenses = {name: license_of(path) or "not declared" for name, path in folders.items()}
@@ -249,11 +262,12 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         "|---|---|---|",
         *rows,
         "",
-        f"{len(outcome.assignment) - len(routed)} units are averaged, {len(routed)} are routed"
-        + (f": {', '.join(routed)}." if routed else "."),
+        _mixed(outcome.made.record) if outcome.made else _assigned(outcome),
         "",
-        "`AutoModelForCausalLM.from_pretrained` on this folder gives the dense expert. `routing_manifest.json` holds",
-        "recipe, sources with digests, conflict scores and assignment; `mediator verify` checks every byte.",
+        "`AutoModelForCausalLM.from_pretrained` on this folder gives "
+        + ("the mixture." if plan.moe else "the dense expert."),
+        "`routing_manifest.json` holds recipe, sources with digests, conflict scores and assignment; `mediator verify`",
+        "checks every byte.",
         "",
         "```yaml",
         plan.loaded.text.rstrip("\n"),
@@ -265,6 +279,21 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
     return card if outcome.router is None else with_block(card, "router", router_card(outcome.router))
 
 
+def _assigned(outcome: Outcome) -> str:
+    routed = [unit for unit, decision in outcome.assignment.items() if decision == "route"]
+    text = f"{len(outcome.assignment) - len(routed)} units are averaged, {len(routed)} are routed"
+    return text + (f": {', '.join(routed)}." if routed else ".")
+
+
+def _mixed(record: MixtureRecord) -> str:
+    """Say how many experts answer, where, and how they are chosen."""
+    return (
+        f"{len(record.experts)} experts ({', '.join(record.experts)}) in {len(record.layers)} layers, "
+        f"{record.experts_per_token} of them for each token: {record.n_parameters / 1e6:.0f}M parameters, "
+        f"{record.n_active / 1e6:.0f}M active. Gates: {record.gates.method}. `mediator gates` shows who answers what."
+    )
+
+
 def label(path: str) -> str:
     """Name a source on a card."""
     # A card travels; an absolute path of the machine that made it does not belong on it.
@@ -272,6 +301,8 @@ def label(path: str) -> str:
 
 
 def _made_of(plan: Plan) -> str:
+    if plan.moe is not None:
+        return f"A Mixture of Experts ({plan.moe.format.name}), made with mediator from fine-tunes of one base."
     if plan.inputs:
         return f"{len(plan.layers)} layers, stacked with mediator from those of {len(plan.experts) + 1} models."
     return f"Merged with mediator from {len(plan.experts)} experts of one base."

@@ -96,7 +96,7 @@ def refit_router(folder: Path, files: Mapping[str, Path], spec: RouterSpec) -> t
     old = read_manifest(folder)
     sources = _with_prompts(folder, old, files)
     _check_policy(spec, [source.name for source in sources])
-    paths = {source.name: _find_prompts(folder, source) for source in sources}
+    paths = {source.name: find_prompts(folder, source) for source in sources}
     job = RouterJob({name: read_prompts(path) for name, path in paths.items()}, fit_settings(spec))
     with TemporaryDirectory(prefix="mediator-") as scratch:
         fitted = _fit(folder, job)
@@ -126,7 +126,7 @@ def _prompts_record(file: Path) -> FileRecord:
     return FileRecord(name=str(file), bytes=file.stat().st_size, sha256=digest)
 
 
-def _find_prompts(folder: Path, source: SourceRecord) -> Path:
+def find_prompts(folder: Path, source: SourceRecord) -> Path:
     """Find the prompts that a manifest notes: the same bytes at that path from here, or from the bundle."""
     hint = f"give --prompts {source.name}=FILE"
     if source.prompts is None:

@@ -73,9 +73,14 @@ def new_tensor(tensor: TensorPlan) -> NewTensor:
     return NewTensor(tensor.name, tensor.dtype, tensor.shape)
 
 
+def written_tensors(plan: Plan) -> tuple[NewTensor, ...]:
+    """List all dense tensors that are written: those of the plan, then what a mixture makes beside them."""
+    return (*map(new_tensor, plan.tensors), *(plan.moe.made if plan.moe else ()))
+
+
 def dense_bytes(plan: Plan) -> int:
-    """Count the bytes of the dense expert's tensors."""
-    return sum(new_tensor(tensor).n_bytes for tensor in plan.tensors)
+    """Count the bytes of the dense expert's tensors, or of the mixture's."""
+    return sum(tensor.n_bytes for tensor in written_tensors(plan))
 
 
 def row_bytes(plan: Plan) -> int:

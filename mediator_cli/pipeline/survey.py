@@ -9,6 +9,7 @@ import numpy as np
 
 from mediator_cli.bundle.conflict_report import ConflictReport
 from mediator_cli.bundle.record import SourceFile
+from mediator_cli.checkpoint.digest import Digests
 from mediator_cli.checkpoint.header import identity
 from mediator_cli.engine.conflict import count_tensors, sample_tensors
 from mediator_cli.engine.statistics import find_statistics, group_by_method
@@ -18,8 +19,8 @@ from mediator_cli.pipeline.conflicts import check_pair, conflict_passes, make_re
 from mediator_cli.pipeline.download import download_weights
 from mediator_cli.pipeline.lineage import tell_doubts
 from mediator_cli.pipeline.progress import counter
-from mediator_cli.pipeline.settings import budget_of, row_bytes
-from mediator_cli.pipeline.sources import known_digest, tensors_by_file
+from mediator_cli.pipeline.settings import Settings, budget_of, row_bytes
+from mediator_cli.pipeline.sources import known_digest, source_files, tensors_by_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mediator_cli.engine.streams import Budget, Streams
     from mediator_cli.engine.sweep import Search
     from mediator_cli.kernels.arrays import Doubles
-    from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import Plan, TensorPlan
 
 _STEP = "survey"
@@ -111,6 +111,20 @@ def _read(facts: Mapping[str, Any]) -> Survey:
 def conflict_report(plan: Plan, survey: Survey, sources: Mapping[str, Any]) -> ConflictReport | None:
     """Score every unit from the counts of a survey."""
     return None if survey.counts is None else make_report(plan, survey.counts, sources)
+
+
+def analyze_conflicts(plan: Plan, settings: Settings | None = None) -> ConflictReport:
+    """Measure how much the experts of a plan disagree, without merging."""
+    run, seen = settings or Settings(), Digests()
+    check_pair(plan)
+    download_weights(plan, run.progress)
+    with open_aligned(plan, run, seen) as streams:
+        tell_doubts(plan, streams, run.notify)
+        survey = take_survey(plan, (), streams, run, conflict=True)
+    report = conflict_report(plan, survey, source_files(plan, seen, run))
+    if report is None:
+        raise RuntimeError("a survey of conflict counts it")
+    return report
 
 
 def sample_conflicts(plan: Plan, share: float, run: Settings) -> ConflictReport:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def resolve_router(loaded: LoadedRecipe) -> tuple[RouterSpec | None, tuple[str, ...]]:
     """Decide whether a router is fitted, by which settings, and say why none is where one could be expected."""
     recipe = loaded.recipe
+    if recipe.kind == "moe":
+        return None, ()
     without = _without_prompts(loaded)
     if recipe.router is None and len(without) == len(recipe.experts):
         return None, ()
@@ -29,7 +31,7 @@ def resolve_router(loaded: LoadedRecipe) -> tuple[RouterSpec | None, tuple[str, 
         reason = "rule none routes no unit"
     elif len(recipe.experts) < 2:
         reason = "the recipe has one expert"
-    elif without:
+    elif without and not _asks_without_fit(recipe.router):
         reason = f"no prompts are given for {', '.join(without)}"
     if reason:
         return None, (f"no router is fitted: {reason}",)
@@ -46,7 +48,7 @@ def check_router(loaded: LoadedRecipe) -> Iterator[Problem]:
     if len(experts) < 2:
         message = "a router chooses between experts, the recipe has one"
         yield Problem(loaded.place("router"), message, "remove `router` or add an expert")
-    if without:
+    if without and not _asks_without_fit(spec):
         message = f"needs prompts of every expert, none are given for {', '.join(without)}"
         yield Problem(loaded.place("router"), message, "add `prompts` to the experts, or remove `router`")
     if spec.policy.k is not None and spec.policy.k > len(experts):
@@ -71,6 +73,11 @@ def check_router_base(loaded: LoadedRecipe, base: Checkpoint, tokenizer_folder: 
         field = ("router",) if loaded.recipe.router else ("experts",)
         message = f"a router needs a tokenizer, {base.path} holds none"
         yield Problem(loaded.place(*field), message, "add tokenizer.json and tokenizer_config.json to the base")
+
+
+def _asks_without_fit(spec: RouterSpec | None) -> bool:
+    """Whether a router needs no prompts: the experts are asked, and nothing is fitted to what they say."""
+    return spec is not None and spec.classifier == "none"
 
 
 def _without_prompts(loaded: LoadedRecipe) -> list[str]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
+HETEROGENEOUS = "heterogeneous_moe"
+"""The kind of recipe with a schema of its own: experts of different architectures, and no base."""
 _SHARED_FIELDS: Mapping[FieldPath, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {("assign",): RULE_FIELDS, ("router", "policy"): POLICY_FIELDS}
 )
@@ -100,13 +102,25 @@ def parse_document(document: Document, data: dict[str, Any], changes: Sequence[s
     """Check a document's data, which may have been changed since it was read."""
     path, text, lines = document.path, document.text, dict(document.lines)
     notices: tuple[str, ...] = ()
+    if data.get("kind") == HETEROGENEOUS:
+        message = "is a recipe that only `mediator validate`, `plan` and `merge` take"
+        raise RecipeError(Problem(document.place("kind"), message, "for a bundle write `kind: mediator`, and a base"))
     if is_mergekit(data):
         written = lines
         data, lines, notices = from_mergekit(data, written, lambda *field: place_of(path, written, field))
+    lines = apply_changes(data, lines, changes)
+    return replace(_validate(path, text, data, lines, tuple(changes)), notices=notices)
+
+
+def apply_changes(data: dict[str, Any], lines: dict[FieldPath, int], changes: Sequence[str]) -> dict[FieldPath, int]:
+    """Set fields of a recipe's data as `field.path=value` texts say; give the lines of all fields after that.
+
+    Raises RecipeError for a change that names no place.
+    """
     # A new rule or method drops what belonged to the old one, so it goes before changes of its own fields.
     for change in sorted(changes, key=lambda text: not _chooses(text)):
         lines = _lines_after(lines, _apply_change(data, change))
-    return replace(_validate(path, text, data, lines, tuple(changes)), notices=notices)
+    return lines
 
 
 def _apply_change(data: dict[str, Any], change: str) -> FieldPath:
@@ -166,8 +180,7 @@ def _validate(
         faults = error.errors(include_url=False)
     # An item that does not validate is left out, and then its list seems too short: say only what is wrong inside.
     told = [item for item in faults if item["type"] != "too_short" or not item["input"]]
-    found = [_problem(path, lines, item) for item in told]
-    problems = tuple(problem for _, problem in sorted(found, key=lambda pair: pair[0]))
+    problems = form_problems(path, lines, told, Recipe)
     try:
         rest = Recipe.model_validate(prune(data, [tuple(item["loc"]) for item in told]))
     except ValidationError:
@@ -175,33 +188,45 @@ def _validate(
     return LoadedRecipe(rest, path, text, MappingProxyType(lines), changes, problems)
 
 
-def _problem(path: Path, lines: dict[FieldPath, int], item: Any) -> tuple[int, Problem]:  # noqa: ANN401 - pydantic's dict
+def form_problems(
+    path: Path,
+    lines: dict[FieldPath, int],
+    faults: Sequence[Any],
+    schema: type[BaseModel],
+) -> tuple[Problem, ...]:
+    """Tell faults, as pydantic gives them for a schema, each with its place, ordered by line."""
+    found = [_problem(path, lines, item, schema) for item in faults]
+    return tuple(problem for _, problem in sorted(found, key=lambda pair: pair[0]))
+
+
+def _problem(
+    path: Path,
+    lines: dict[FieldPath, int],
+    item: Any,  # noqa: ANN401 - pydantic's dict
+    schema: type[BaseModel],
+) -> tuple[int, Problem]:
     field: FieldPath = tuple(item["loc"])
     line, place = line_of(lines, field), place_of(path, lines, field)
     if item["type"] == "extra_forbidden":
-        hint = did_you_mean(str(field[-1]), _fields_at(field[:-1]))
+        hint = did_you_mean(str(field[-1]), _fields_of(field[:-1], schema))
         return line, Problem(place, f"unknown key '{field[-1]}'", hint)
     if item["type"] == "missing":
         return line, Problem(place, "is required", f"add `{field[-1]}`")
     if item["type"] == "string_pattern_mismatch":
-        return line, Problem(place, f"{item['input']!r} is not allowed", _description_at(field))
+        return line, Problem(place, f"{item['input']!r} is not allowed", _description_at(field, schema))
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
     return line, Problem(place, message[0].lower() + message[1:] + shown, "see `mediator schema recipe`")
 
 
-def _description_at(field: FieldPath) -> str:
-    fields = _fields_of(field[:-1])
+def _description_at(field: FieldPath, schema: type[BaseModel]) -> str:
+    fields = _fields_of(field[:-1], schema)
     return (fields[str(field[-1])].description or "") if str(field[-1]) in fields else ""
 
 
-def _fields_at(field: FieldPath) -> list[str]:
-    return list(_fields_of(field))
-
-
-def _fields_of(field: FieldPath) -> dict[str, FieldInfo]:
-    model: Any = Recipe
+def _fields_of(field: FieldPath, schema: type[BaseModel]) -> dict[str, FieldInfo]:
+    model: Any = schema
     for part in field:
         if isinstance(part, str) and model is not None:
             model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None

@@ -11,6 +11,7 @@ from mediator_cli.recipe.align import AlignSpec
 from mediator_cli.recipe.average import AverageSpec
 from mediator_cli.recipe.extract import ExtractSpec, OverrideExtract
 from mediator_cli.recipe.layers import Graded, Layers
+from mediator_cli.recipe.moe import MoeSpec
 from mediator_cli.recipe.router import RouterSpec
 from mediator_cli.recipe.sizes import parse_size
 from mediator_cli.recipe.slices import WITH_SLICES, SliceSpec
@@ -32,6 +33,9 @@ ExpertName = Annotated[
 
 RESERVED_NAMES = ("base", "dense", "auto", "router")
 """Names that mean something else where an expert is named at run time."""
+
+
+_NOT_OF_MOE = ("slices", "outside", "align", "extract", "router")
 
 
 class ExpertSpec(Strict):
@@ -207,7 +211,13 @@ class Recipe(Strict):
     """What the user asked: base, experts, and the decisions of each stage."""
 
     version: Annotated[Literal[1], Field(description="Version of the recipe format.")]
-    kind: Annotated[Literal["mediator"], Field(description="Kind of merge; a static merge is rule none.")] = "mediator"
+    kind: Annotated[
+        Literal["mediator", "moe"],
+        Field(
+            description="mediator: a bundle; a static merge is rule none. moe: a Mixture of Experts that stock "
+            "software loads, with experts in the layers that are routed."
+        ),
+    ] = "mediator"
     base: Annotated[
         str,
         Field(
@@ -240,6 +250,9 @@ class Recipe(Strict):
     ] = None
     align: Annotated[
         AlignSpec | None, Field(description="How the experts' hidden units are put in one order first; default: not.")
+    ] = None
+    moe: Annotated[
+        MoeSpec | None, Field(description="Of kind moe: the format, the gates, and what holds for single experts.")
     ] = None
     conflict: ConflictSpec = ConflictSpec()
     assign: AssignSpec = AssignSpec(rule="all", candidates="layers")
@@ -311,6 +324,26 @@ class Recipe(Strict):
         if not self.slices and "outside" in self.model_fields_set:
             raise ValueError("`outside` goes with `slices`")
         return self
+
+    @model_validator(mode="after")
+    def _fields_fit_kind(self) -> Recipe:
+        if self.kind != "moe":
+            if self.moe is not None:
+                raise ValueError("`moe` goes with `kind: moe`")
+            return self
+        others = [name for name in _NOT_OF_MOE if name in self.model_fields_set]
+        if others:
+            raise ValueError(f"`{others[0]}` does not go with `kind: moe`")
+        if self.assign.rule == "none":
+            raise ValueError("rule none gives no layer experts; for a static merge write `kind: mediator`")
+        if self.conflict.unit == "tensor":
+            raise ValueError("experts are whole feed-forward blocks: write `conflict: {unit: layer}` or `block`")
+        return self
+
+    @property
+    def mixture(self) -> MoeSpec:
+        """What a recipe of kind moe says of its experts, with defaults where it says nothing."""
+        return self.moe or MoeSpec()
 
     @property
     def tokenizer_of(self) -> str:

@@ -32,7 +32,7 @@ def folder_reader(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Featur
         return text_reader(tokenizer)
     table = _embeddings(folder) if spec.kind == "embedding_mean" else None
     if table is not None:
-        rows = partial(_read_rows, table)
+        rows = partial(read_rows, table)
         return FeatureReader(spec, partial(embedding_means, rows), n_ids=table.shape[0])
     from mediator_cli.runtime.open import load_dense
 
@@ -55,8 +55,8 @@ def _embeddings(folder: Path) -> TensorInfo | None:
     return info if info is not None and info.shape == tuple(weight.shape) else None
 
 
-def _read_rows(table: TensorInfo, tokens: list[int]) -> torch.Tensor:
-    """Read rows of the stored table [tokens, hidden]."""
+def read_rows(table: TensorInfo, tokens: list[int]) -> torch.Tensor:
+    """Read rows of a stored table [tokens, hidden], in its own dtype."""
     width = table.shape[1]
     with open_files([table.file]) as descriptors:
         rows = np.stack([read_slab(descriptors, table, n * width, (n + 1) * width) for n in tokens])

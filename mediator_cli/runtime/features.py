@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mediator_cli.bundle.manifest import RouterRecord
+
     Floats32 = NDArray[np.float32]
     Prompts = Sequence[Sequence[int]]
 
-Kind = Literal["embedding_mean", "hidden_mean", "text"]
+Kind = Literal["embedding_mean", "hidden_mean", "text", "perplexity", "gradient"]
 TEXT_SIZE = 4096
 _NGRAMS = (3, 4, 5)
 _BATCH_TOKENS = 4096
@@ -29,10 +31,25 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features: `layer` is the number of decoder layers that run before the mean of `hidden_mean`."""
+    """Which features: `layer` is the number of decoder layers that run before the mean of `hidden_mean`.
+
+    `reads` and `first_token` say which tokens the experts are asked about, for perplexity and gradient.
+    """
 
     kind: Kind
     layer: int | None = None
+    reads: Literal["turn", "prompt"] = "turn"
+    first_token: Literal["skip", "bos"] = "skip"
+
+    @property
+    def asks(self) -> bool:
+        """Whether the experts themselves are asked; then a last column counts the tokens that were predicted."""
+        return self.kind in ("perplexity", "gradient")
+
+
+def spec_of(record: RouterRecord) -> FeatureSpec:
+    """Tell which features a router reads."""
+    return FeatureSpec(record.features, record.layer, record.reads, record.first_token)
 
 
 @dataclass(frozen=True)
@@ -157,19 +174,18 @@ def _decoder_layer(model: PreTrainedModel, number: int) -> torch.nn.Module:
 
 def _hidden_means(model: PreTrainedModel, layer: torch.nn.Module, prompts: Prompts) -> Floats32:
     """Average the hidden state behind a decoder layer over each prompt's tokens [rows, hidden]; no later layer runs."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     found: dict[int, Floats32] = {}
-    for batch in _batches(prompts, order):
+    for batch in length_batches(prompts):
         means = _batch_means(model, layer, [prompts[row] for row in batch])
         found |= dict(zip(batch, means, strict=True))
     return np.stack([found[row] for row in range(len(prompts))])
 
 
-def _batches(prompts: Prompts, order: Sequence[int]) -> Iterator[list[int]]:
-    """Group rows, given shortest first, into batches of a bounded number of tokens with padding."""
+def length_batches(prompts: Prompts, most: int = _BATCH_TOKENS) -> Iterator[list[int]]:
+    """Group the rows of prompts, shortest first, into batches of at most so many tokens with padding."""
     batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) + 1) * len(prompts[row]) > _BATCH_TOKENS:
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+        if batch and (len(batch) + 1) * len(prompts[row]) > most:
             yield batch
             batch = []
         batch.append(row)

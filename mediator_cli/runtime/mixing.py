@@ -85,18 +85,25 @@ class Part:
 
 @dataclass
 class MixtureCache:
-    """Mixed matrices of recent mixtures within a budget of bytes, and how many tokens waited for the others."""
+    """Mixed matrices of recent mixtures within a budget of bytes, and how many tokens waited for the others.
+
+    `entry_bytes` are those of a mixture that changes every matrix; `count` tells what another takes.
+    """
 
     budget: int
     entry_bytes: int
     build: Callable[[Mixture], Matrices]
     entries: OrderedDict[Mixture, Matrices] = field(default_factory=OrderedDict)
     waited: dict[Mixture, int] = field(default_factory=dict)
+    count: Callable[[Mixture], int] | None = None
 
-    @property
-    def room(self) -> int:
-        """Count the mixtures that fit."""
-        return self.budget // self.entry_bytes if self.entry_bytes else 0
+    def size(self, mixture: Mixture) -> int:
+        """Count the bytes that a mixture's matrices take."""
+        return self.count(mixture) if self.count is not None else self.entry_bytes
+
+    def fits(self, mixture: Mixture, held: int = 0) -> bool:
+        """Tell whether a mixture's matrices fit into the budget beside `held` bytes of others."""
+        return self.entry_bytes > 0 and held + self.size(mixture) <= self.budget
 
     def get(self, mixture: Mixture, n_tokens: int, switch: int) -> Matrices | None:
         """Return the mixture's matrices; build them once `switch` tokens have asked for them, None before.
@@ -107,13 +114,13 @@ class MixtureCache:
         if mixture in self.entries:
             self.entries.move_to_end(mixture)
             return self.entries[mixture]
-        if not self.room:
+        if not self.fits(mixture):
             return None
         self.waited[mixture] = self.waited.get(mixture, 0) + PASS_TOKENS + n_tokens
         if self.waited[mixture] < switch:
             return None
         del self.waited[mixture]
-        while len(self.entries) >= self.room:
+        while self.entries and not self.fits(mixture, sum(map(self.size, self.entries))):
             self.entries.popitem(last=False)
         self.entries[mixture] = self.build(mixture)
         return self.entries[mixture]
@@ -143,16 +150,17 @@ def divide(weights: torch.Tensor, n_tokens: int, cache: MixtureCache, switch: in
         groups.setdefault(mixture, []).append(row)
     parts: list[Part] = []
     products: list[int] = []
-    waits = False
+    waits, held = False, 0
     for mixture, rows in groups.items():
         # No more mixtures than fit: parts hold their matrices as long as the batch runs.
-        fits = len(parts) < max(1, cache.room) or not any(mixture)
+        fits = not any(mixture) or cache.fits(mixture, held)
         worth_it = fits and (len(groups) == 1 or len(rows) * n_tokens >= switch)
         matrices = _matrices(mixture, len(rows) * n_tokens, cache, switch) if worth_it else None
-        waits |= worth_it and matrices is None and cache.room > 0
+        waits |= worth_it and matrices is None and cache.fits(mixture)
         if matrices is None:
             products += rows
         else:
+            held += cache.size(mixture) if any(mixture) else 0
             parts.append(_part(weights, rows, matrices))
     if products:
         parts.append(_part(weights, sorted(products), None))

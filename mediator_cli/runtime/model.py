@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from mediator_cli.errors import BundleError, Problem
+from mediator_cli.runtime.combine import expand, find_members, join_hidden, join_logits
 from mediator_cli.runtime.mixing import as_weights, divide, spread
 from mediator_cli.runtime.routing import route_prompts
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.runtime.combine import Combine, Members
     from mediator_cli.runtime.mixing import Division, MixtureCache, Wanted
     from mediator_cli.runtime.modules import Mixer
     from mediator_cli.runtime.prompts import PromptReader
@@ -28,13 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """The bundle behind a model, and how mixtures are computed: `switch` tokens pay for a mixed matrix."""
+    """The bundle behind a model, and how mixtures are computed: `switch` tokens pay for a mixed matrix.
+
+    `modules` are what the mixers mix, in the same order.
+    """
 
     path: Path
     manifest: Manifest
     reader: PromptReader | None
     router: Router | None
     mixers: tuple[Mixer, ...]
+    modules: tuple[Any, ...]
     cache: MixtureCache
     switch: int
 
@@ -55,21 +61,28 @@ class Planned:
 
 @dataclass(frozen=True)
 class MixState:
-    """What is mixed at present: the weights [rows, experts] that were set, None = route; and the last pass."""
+    """What is mixed at present: the weights [rows, experts] that were set, None = route; and the last pass.
+
+    `members` answer the rows of the last call where outputs are combined; `is_called` while such a call runs.
+    """
 
     weights: torch.Tensor | None = None
     planned: Planned | None = None
+    members: Members | None = None
+    is_called: bool = False
 
 
 class RoutedModel(PreTrainedModel):
     """A model of a bundle; made by `open_bundle`, which derives it from the model's own class.
 
     `generate` reads the prompt, routes it, and mixes experts for each row. `mixing` sets the mixture by hand. Calling
-    the model itself outside `mixing` routes every row on all its tokens, so score answers inside `mixing`.
+    the model itself outside `mixing` routes every row on all its tokens, so score answers inside `mixing`. `combine`
+    says how several experts of a mixture answer, and may be set at any time between two sequences.
     """
 
     opened: Opened
     state: MixState
+    combine: Combine
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -114,9 +127,11 @@ class RoutedModel(PreTrainedModel):
     ) -> Any:  # noqa: ANN401
         """Generate as the model's own `generate` does, with each row's mixture decided by its prompt.
 
-        `mixture` sets it by hand. Raises BundleError when there are no token ids to route on.
+        `mixture` sets it by hand. Raises BundleError when there are no token ids to route on, and for beams of experts
+        that are run apart.
         """
         generate = super().generate  # type: ignore[misc]
+        self._refuse_beams(kwargs)
         if mixture is None and self.state.weights is not None:
             return generate(inputs, *args, **kwargs)
         if mixture is None:
@@ -131,11 +146,67 @@ class RoutedModel(PreTrainedModel):
             Problem(str(self.opened.path), "a routed model is not saved anew", "copy the bundle's folder")
         )
 
+    def watch(self) -> None:
+        """Hear of every call of the model and of its decoder."""
+        self.register_forward_pre_hook(self.before_call, with_kwargs=True)
+        self.base_model.register_forward_pre_hook(self.before_pass, with_kwargs=True)
+        self.base_model.register_forward_hook(self.after_pass)
+        self.register_forward_hook(self.after_call, always_call=True)
+
+    def before_call(
+        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Repeat the rows of a call for their experts, where these are run apart; a forward hook of the model."""
+        if self.combine == "parameters":
+            return None
+        ids = args[0] if args else kwargs.get("input_ids")
+        given = ids if ids is not None else kwargs["inputs_embeds"]
+        weights = self.state.weights
+        if weights is None:
+            weights = self._weights_of_call(ids, kwargs)
+        rows = spread(weights, given.shape[0], str(self.opened.path))
+        before = self.state.members
+        # The same tensor for every token of a sequence tells that nothing has changed since the last pass.
+        is_same = before is not None and before.rows is not None and torch.equal(before.rows, rows)
+        members = before if is_same else find_members(rows, self.combine, str(self.opened.path))
+        self.state = replace(self.state, members=members, is_called=True)
+        return None if members is None or members.is_alone else expand(args, kwargs, members)
+
+    def after_pass(self, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        """Average hidden states where these are combined; a forward hook of the decoder."""
+        members = self._joined()
+        if members is None or self.combine != "hidden":
+            return None
+        name = 0 if isinstance(output, tuple) else "last_hidden_state"
+        return _with_value(output, name, join_hidden(output[name], members))
+
+    def after_call(self, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        """Combine the logits of the members of each row; a forward hook of the model, called after errors too."""
+        members = self._joined()
+        self.state = replace(self.state, is_called=False)
+        if members is None or output is None:
+            return None
+        name = 0 if isinstance(output, tuple) else "logits"
+        return _with_value(output, name, join_logits(output[name], members, self.combine))
+
+    def _joined(self) -> Members | None:
+        """Give the members of the call that runs, where there is something to combine."""
+        members = self.state.members if self.state.is_called else None
+        return None if members is None or members.is_alone else members
+
+    def _refuse_beams(self, kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config") or self.generation_config
+        n_beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        if self.combine != "parameters" and n_beams > 1:
+            message = f"{n_beams} beams cannot be followed while experts run apart (combine {self.combine})"
+            raise BundleError(Problem("num_beams", message, "use one beam, or combine parameters"))
+
     def before_pass(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell all mixers the parts of the batch that is about to run; a forward hook of the decoder."""
         ids = args[0] if args else kwargs.get("input_ids")
         given = ids if ids is not None else kwargs["inputs_embeds"]
-        weights = self.state.weights
+        called = self.state.members if self.state.is_called else None
+        weights = self.state.weights if called is None else called.weights
         if weights is None:
             weights = self._weights_of_call(ids, kwargs)
         shape = (given.shape[0], given.shape[1])
@@ -164,6 +235,13 @@ class RoutedModel(PreTrainedModel):
         parts = division.parts if division else ()
         for mixer in self.opened.mixers:
             mixer.parts = parts
+
+
+def _with_value(output: Any, name: str | int, value: torch.Tensor) -> Any:  # noqa: ANN401 - a tuple or a ModelOutput
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    output[cast("str", name)] = value
+    return output
 
 
 def _has_begun(cache: Any) -> bool:  # noqa: ANN401 - caches differ by model

@@ -21,9 +21,11 @@ from mediator_cli.runtime.router import read_router
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch import nn
     from transformers import PreTrainedModel
 
     from mediator_cli.bundle.read import Bundle
+    from mediator_cli.runtime.combine import Combine
     from mediator_cli.runtime.forms import Form
     from mediator_cli.runtime.mixing import Matrices, Mixture
     from mediator_cli.runtime.parameters import Owner
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 CACHE_BYTES = 1 << 30
 SWITCH_TOKENS = 128
 SWITCH_GATED = 1
-"""The same where experts are not stored sparsely: a product makes the mixed matrix anew, so keeping it always pays."""
+"""The same where a product costs as much as a mixed matrix: experts that are not stored sparsely, or do not fit."""
 _DAMAGED = "fetch the bundle again or merge again"
 
 
@@ -42,20 +44,23 @@ def open_bundle(
     device: str | torch.device = "cpu",
     cache_bytes: int = CACHE_BYTES,
     switch_tokens: int | None = None,
+    combine: Combine | None = None,
 ) -> RoutedModel:
     """Open a bundle as a transformers model that routes, mixes and generates.
 
     `dtype` None keeps the dtype of the dense expert. `cache_bytes` bounds the
     decoded experts and mixed matrices kept beside it;
-    `switch_tokens` is how many tokens of one mixture pay for building them; None for what suits the bundle. Raises
-    BundleError or CheckpointError when the bundle is damaged or holds what cannot be mixed.
+    `switch_tokens` is how many tokens of one mixture pay for building them; None for what suits the bundle. `combine`
+    None combines experts as the router's policy says. Raises BundleError or CheckpointError when the bundle is damaged
+    or holds what cannot be mixed.
     """
     bundle = read_bundle(Path(folder))
     router = read_router(bundle.path, bundle.manifest)
     model = load_dense(bundle.path, dtype).to(device)  # type: ignore[arg-type]
     owners = _routed_owners(bundle, model)
     dense = {name: group[0].parameter.detach() for name, group in owners.items()}
-    mixers = tuple(_install(bundle, owners))
+    installed = tuple(_install(bundle, owners))
+    mixers = tuple(mixer for _, mixer in installed)
     model.__class__ = type(f"Routed{type(model).__name__}", (RoutedModel, type(model)), {})
     if not isinstance(model, RoutedModel):
         raise TypeError(type(model).__name__)
@@ -69,11 +74,13 @@ def open_bundle(
         matrix.keeps = keeps
     cache = _cache(dense, matrices, cache_bytes - stacked if keeps else cache_bytes)
     reader = prompt_reader(load_tokenizer(bundle.path)) if router else None
-    suits = SWITCH_GATED if is_gated else SWITCH_TOKENS
+    suits = SWITCH_TOKENS if keeps and not is_gated else SWITCH_GATED
     switch = suits if switch_tokens is None else switch_tokens
-    model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, cache, switch)
+    modules = tuple(module for module, _ in installed)
+    model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, modules, cache, switch)
+    model.combine = combine or (router.record.policy.combine if router is not None else "parameters")
     model.state = MixState()
-    model.base_model.register_forward_pre_hook(model.before_pass, with_kwargs=True)
+    model.watch()
     return model
 
 
@@ -101,7 +108,7 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _install(bundle: Bundle, owners: Mapping[str, tuple[Owner, ...]]) -> Iterator[Mixer]:
+def _install(bundle: Bundle, owners: Mapping[str, tuple[Owner, ...]]) -> Iterator[tuple[nn.Module, Mixer]]:
     by_module: dict[str, list[tuple[Owner, str]]] = {}
     for name, group in owners.items():
         for owner in group:
@@ -114,7 +121,7 @@ def _install(bundle: Bundle, owners: Mapping[str, tuple[Owner, ...]]) -> Iterato
     for members in by_module.values():
         mixer = _mixer(bundle, members, matrices)
         take_over(members[0][0].module, mixer)
-        yield mixer
+        yield members[0][0].module, mixer
 
 
 def _routed_owners(bundle: Bundle, model: PreTrainedModel) -> dict[str, tuple[Owner, ...]]:
@@ -155,7 +162,16 @@ def _check_shapes(bundle: Bundle, name: str, tensor: torch.Tensor) -> None:
 
 
 def _cache(dense: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], budget: int) -> MixtureCache:
-    def build(mixture: Mixture) -> Matrices:
-        return {name: matrices[name].deltas.mix(dense[name], mixture) for name in matrices}
+    # A matrix that a mixture leaves as it is needs no copy.
+    def changed(mixture: Mixture) -> Iterator[str]:
+        used = [at for at, weight in enumerate(mixture) if weight]
+        return (name for name in matrices if any(keepers[name][at] for at in used))
 
-    return MixtureCache(budget, sum(dense[name].nbytes for name in matrices), build)
+    def build(mixture: Mixture) -> Matrices:
+        return {name: matrices[name].deltas.mix(dense[name], mixture) for name in changed(mixture)}
+
+    def count(mixture: Mixture) -> int:
+        return sum(dense[name].nbytes for name in changed(mixture))
+
+    keepers = {name: matrix.deltas.keepers for name, matrix in matrices.items()}
+    return MixtureCache(budget, sum(dense[name].nbytes for name in matrices), build, count=count)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1e-9
 """A set that misses `cover` by less than this covers it: 0.7 + 0.2 is not quite 0.9 in binary."""
-_BLIND_RULES = ("uniform", "fixed")
+BLIND_RULES = ("uniform", "fixed")
+"""Rules that give the same mixture to every input."""
 
 
 def entropy(probabilities: Floats) -> Floats:
@@ -45,7 +46,7 @@ def mix(
     A row of zeros is the dense expert alone; only `outside` rows of rules that read the input can be such a row.
     """
     weights = _apply_rule(probabilities, policy, experts)
-    if policy.outside == "dense" and policy.rule not in _BLIND_RULES:
+    if policy.outside == "dense" and policy.rule not in BLIND_RULES:
         weights = np.where(outside[:, None], 0.0, weights)
     return weights.astype(np.float32)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from mediator_cli.errors import BundleError, CheckpointError, Problem
 from mediator_cli.runtime.calibrate import softmax
 from mediator_cli.runtime.classify import Classifier, RidgeSums, logits
 from mediator_cli.runtime.outside import MOST_DIRECTIONS, OutsideModel, outside_score
-from mediator_cli.runtime.policy import entropy, mix
+from mediator_cli.runtime.policy import BLIND_RULES, entropy, mix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mediator_cli.bundle.manifest import Manifest, RouterRecord
+    from mediator_cli.bundle.record import FileRecord
     from mediator_cli.checkpoint.header import TensorInfo
 
     Floats = NDArray[np.float64]
@@ -46,7 +47,8 @@ class Routing:
     """What a router made of prompts: probabilities and mixture weights [rows, experts], the rest [rows].
 
     `entropy` is the uncertainty in [0, 1], `score` how unlike all tasks a prompt is; a row of zero weights is the
-    dense expert alone.
+    dense expert alone. Where the experts were asked, `answers` [rows, experts] are perplexities or cosines, and
+    `is_silent` marks prompts too short to ask about, which the dense expert answers.
     """
 
     experts: tuple[str, ...]
@@ -55,21 +57,29 @@ class Routing:
     score: Floats
     is_outside: NDArray[np.bool_]
     weights: NDArray[np.float32]
+    answers: Floats | None = None
+    is_silent: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """Reads prompt features and decides on mixtures; its record says which features and which policy."""
+    """Reads prompt features and decides on mixtures; its record says which features and which policy.
+
+    Without classifier the probabilities are made of what the experts say themselves.
+    """
 
     record: RouterRecord
-    classifier: Classifier
-    outside_model: OutsideModel
+    classifier: Classifier | None
+    outside_model: OutsideModel | None
 
     def route(self, features: NDArray[np.floating]) -> Routing:
-        """Decide the mixture of each row of features [rows, features].
+        """Decide the mixture of each row of features [rows, features], or of what experts said [rows, experts + 1].
 
         Raises BundleError when the features are not those that the router was fitted on, or not finite.
         """
+        lengths = None
+        if self.record.asks:
+            features, lengths = features[:, :-1], features[:, -1]
         if features.ndim != 2 or features.shape[1] != self.record.size:
             message = f"reads {self.record.size} features of each prompt, got an array of {list(features.shape)}"
             raise BundleError(Problem("router", message, "was it fitted for another model? fit the router again"))
@@ -77,12 +87,58 @@ class Router:
             row = int(np.argmin(np.isfinite(features).all(axis=1)))
             message = f"the features of prompt {row + 1} hold NaN or infinite values"
             raise BundleError(Problem("router", message, "is the dense expert sound? `mediator verify` checks it"))
-        probabilities = softmax(logits(self.classifier, features), self.record.temperature)
-        score = outside_score(self.outside_model, features)
-        is_outside = score > self.record.outside_above
+        if self.classifier is None or self.outside_model is None:
+            probabilities = softmax(scores_of(self.record, features, lengths), self.record.temperature)
+            score = unlikeness(self.record.features, features)
+        else:
+            probabilities = softmax(logits(self.classifier, features), self.record.temperature)
+            score = outside_score(self.outside_model, features)
+        above = math.inf if self.record.outside_above is None else self.record.outside_above
+        routing = self._decide(probabilities, score, score > above)
+        return routing if lengths is None else self._with_answers(routing, features, lengths == 0)
+
+    def _decide(self, probabilities: Floats, score: Floats, is_outside: NDArray[np.bool_]) -> Routing:
         experts = self.record.experts
         weights = mix(probabilities, is_outside, self.record.policy, experts)
         return Routing(experts, probabilities, entropy(probabilities), score, is_outside, weights)
+
+    def _with_answers(self, routing: Routing, values: NDArray[np.floating], is_silent: NDArray[np.bool_]) -> Routing:
+        """Add what experts said, and leave prompts of which they could say nothing to the dense expert."""
+        n_experts = len(routing.experts)
+        silent = is_silent[:, None]
+        probabilities = np.where(silent, 1 / n_experts, routing.probabilities)
+        is_blind = self.record.policy.rule in BLIND_RULES
+        answers = values.astype(np.float64)
+        return replace(
+            routing,
+            probabilities=probabilities,
+            entropy=entropy(probabilities),
+            is_outside=routing.is_outside | is_silent,
+            weights=routing.weights if is_blind else np.where(silent, np.float32(0), routing.weights),
+            answers=np.exp(answers) if self.record.features == "perplexity" else answers,
+            is_silent=is_silent,
+        )
+
+
+def scores_of(
+    record: RouterRecord, values: NDArray[np.floating], lengths: NDArray[np.floating] | None
+) -> Floats:
+    """Give the scores [rows, experts] of which softmax makes probabilities, where no classifier is fitted.
+
+    For perplexity 1 / PPL (form inverse) or ln p of the whole prompt, -t · ln PPL (form posterior); else the cosines.
+    """
+    exact = values.astype(np.float64)
+    if record.form == "posterior" and lengths is not None:
+        return -exact * lengths.astype(np.float64)[:, None]
+    scores: Floats = np.exp(-exact) if record.features == "perplexity" else exact
+    return scores
+
+
+def unlikeness(features: str, values: NDArray[np.floating]) -> Floats:
+    """Score how little even the nearest expert has to do with a prompt [rows]: its ln PPL, or minus its cosine."""
+    exact = values.astype(np.float64)
+    nearest: Floats = exact.min(axis=1) if features == "perplexity" else -exact.max(axis=1)
+    return nearest
 
 
 def router_arrays(
@@ -147,7 +203,9 @@ def read_router(folder: Path, manifest: Manifest) -> Router | None:
     if record.experts != tuple(source.name for source in manifest.experts):
         place = f"{folder / MANIFEST} router.experts"
         raise BundleError(Problem(place, "are not all experts of the bundle in its order", _DAMAGED))
-    places = _checked_places(folder, record)
+    if record.file is None:
+        return Router(record, None, None)
+    places = _checked_places(folder, record, record.file)
     arrays = {name: _read(info) for name, info in places.items() if not name.startswith("ridge.")}
     for name, array in arrays.items():
         _check_values(places[name], array)
@@ -164,8 +222,11 @@ def read_ridge_sums(folder: Path, manifest: Manifest) -> RidgeSums | None:
 
     Raises BundleError as `read_router` does.
     """
-    places = {} if manifest.router is None else _checked_places(folder, manifest.router)
-    if "ridge.gram" not in places or manifest.router is None:
+    file = manifest.router.file if manifest.router is not None else None
+    if manifest.router is None or file is None:
+        return None
+    places = _checked_places(folder, manifest.router, file)
+    if "ridge.gram" not in places:
         return None
     arrays = {name: _read(info) for name, info in places.items() if name.startswith("ridge.")}
     for name, array in arrays.items():
@@ -176,9 +237,9 @@ def read_ridge_sums(folder: Path, manifest: Manifest) -> RidgeSums | None:
     return RidgeSums(gram, arrays["ridge.sums"], arrays["ridge.counts"])
 
 
-def _checked_places(folder: Path, record: RouterRecord) -> dict[str, TensorInfo]:
+def _checked_places(folder: Path, record: RouterRecord, stored: FileRecord) -> dict[str, TensorInfo]:
     """Read the header of a router's file and compare names, dtypes and shapes with the manifest's record."""
-    file = bundle_file(folder, record.file.name)
+    file = bundle_file(folder, stored.name)
     try:
         header = read_header(file)
     except CheckpointError as error:

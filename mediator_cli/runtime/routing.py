@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mediator_cli.runtime.features import FeatureSpec, prompt_features
+from mediator_cli.runtime.ask import asked_ids, asking_reader
+from mediator_cli.runtime.features import prompt_features, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel
-
+    from mediator_cli.runtime.model import RoutedModel
     from mediator_cli.runtime.prompts import PromptReader
     from mediator_cli.runtime.router import Router, Routing
 
 
 def route_prompts(
-    model: PreTrainedModel, reader: PromptReader, router: Router, prompts: Sequence[Sequence[int]]
+    model: RoutedModel, reader: PromptReader, router: Router, prompts: Sequence[Sequence[int]]
 ) -> Routing:
-    """Route prompts of token ids by the features of the dense expert `model`; raise BundleError for an empty one."""
+    """Route prompts of token ids by the dense expert's features, or by asking the experts.
+
+    Raises BundleError for an empty one.
+    """
+    spec = spec_of(router.record)
+    if spec.asks:
+        asked = [asked_ids(reader, spec, prompt) for prompt in prompts]
+        return router.route(asking_reader(model, reader, spec).read(asked))
     contents = [reader.content(list(prompt)) for prompt in prompts]
-    spec = FeatureSpec(router.record.features, router.record.layer)
     return router.route(prompt_features(model, reader.tokenizer, spec, contents))

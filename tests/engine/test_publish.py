@@ -7,6 +7,7 @@ import pytest
 from conftest import all_files
 
 from mediator_cli import Settings, read_bundle
+from mediator_cli.checkpoint import write as write_module
 from mediator_cli.engine import publish as module
 from mediator_cli.engine.publish import check_output, publish
 from mediator_cli.errors import OutputError
@@ -159,7 +160,8 @@ def test_the_lock_is_given_back(tmp_path):
 
 def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(module, "sync", lambda path: synced.append((path.name, (tmp_path / "out").exists())))
+    for place in (module, write_module):
+        monkeypatch.setattr(place, "sync", lambda path: synced.append((path.name, (tmp_path / "out").exists())))
     make_bundle(tmp_path / "out")
     before = {name for name, exists in synced if not exists}
     assert before == {"a.txt", "experts", "routing_manifest.json", ".out.partial"}

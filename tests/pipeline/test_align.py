@@ -16,7 +16,7 @@ from mediator_cli import Settings, load_recipe, make_plan, merge, read_bundle
 from mediator_cli.engine.align import Effort, Pair, axes_of, match_units
 from mediator_cli.errors import OutputError, RecipeError
 from mediator_cli.pipeline.align import align_words
-from mediator_cli.pipeline.merge import analyze_conflicts
+from mediator_cli.pipeline.survey import analyze_conflicts
 from mediator_cli.plan.align import find_units
 
 IDS = torch.tensor([[5, 7, 9, 3, 11, 2, 8]])

@@ -10,7 +10,7 @@ from mediator_cli import Settings, load_recipe, make_plan
 from mediator_cli.pipeline.assign import sparse_sizes
 from mediator_cli.pipeline.conflicts import preview_assignment
 from mediator_cli.pipeline.estimate import describe_plan
-from mediator_cli.pipeline.merge import analyze_conflicts
+from mediator_cli.pipeline.survey import analyze_conflicts
 
 LAYERS = [f"model.layers.{n}" for n in range(3)]
 

@@ -13,8 +13,7 @@ from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.engine.conflict import drawn_pieces
 from mediator_cli.engine.streams import Streams
 from mediator_cli.pipeline.conflicts import preview_assignment
-from mediator_cli.pipeline.merge import analyze_conflicts
-from mediator_cli.pipeline.survey import sample_conflicts
+from mediator_cli.pipeline.survey import analyze_conflicts, sample_conflicts
 
 MEASURES = ("sign", "any_sign", "cosine", "overlap")
 SIDE = 256

@@ -11,7 +11,7 @@ from mediator_cli.cli.heat.words import denoise_words, escaped, row_label, rule_
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.pipeline.conflicts import Preview
@@ -44,6 +44,11 @@ def heat_page(plan: Plan, report: ConflictReport, preview: Preview) -> str:
         _recipe(plan),
         "<footer>Drawn by <code>mediator analyze-conflicts --plot</code>. This page loads nothing.</footer>",
     ]
+    return whole_page(title, parts)
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """Put the parts of a page in a document that loads nothing; `title` is any text."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -137,7 +142,7 @@ def _rows(preview: Preview, scale: tuple[float, float]) -> Iterator[str]:
     for at, row in enumerate(table.rows):
         label = row_label(row, table.rows)
         pairs = zip(table.columns, table.values[at], strict=True)
-        cells = "".join(_cell(f"{label} {kind}", value, scale) for kind, value in pairs)
+        cells = "".join(cell(f"{label} {kind}", value, scale) for kind, value in pairs)
         score, decision = preview.scores[at], preview.decisions[at]
         what = decision.split()[0]
         shown = "" if score is None else f"{100 * score:.1f}"
@@ -148,7 +153,8 @@ def _rows(preview: Preview, scale: tuple[float, float]) -> Iterator[str]:
         )
 
 
-def _cell(label: str, value: float | None, scale: tuple[float, float]) -> str:
+def cell(label: str, value: float | None, scale: tuple[float, float]) -> str:
+    """Write a share as a table cell in per cent, shaded by where it lies on the scale; None is a dot."""
     if value is None:
         return '<td class="none"><span aria-hidden="true">·</span><span class="unseen">none</span></td>'
     low, high = scale

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mediator_cli.checkpoint.read import read_slab, widen
-from mediator_cli.engine.combine import narrow
+from mediator_cli.checkpoint.read import narrow, read_slab, widen
 from mediator_cli.engine.streams import Inputs, fill, pieces
 from mediator_cli.kernels.sparse import subtract_bf16
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mediator_cli.bundle.sparse import decode_values, encode_values, index_codec
 from mediator_cli.bundle.sparse_file import SparseTensor
-from mediator_cli.engine.combine import narrow
+from mediator_cli.checkpoint.read import narrow
 from mediator_cli.engine.extract.choose import slabs
 from mediator_cli.engine.extract.item import may_override, widened
 from mediator_cli.kernels.sparse import add_kept, count_gap_bytes, find_differing
