@@ -8,7 +8,7 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow lint types imports docs docs-check bench bench-runtime quality catalogue check clean
+.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue heterogeneous check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ test: install ## run the tests, below 5 minutes on 2 cores
 test-slow: demo-experts ## run the long tests, most of them on the real model and its experts
 	$(BIN)/python -m pytest -m slow tests
 
+test-vllm: demo-experts ## do vLLM and llama.cpp answer as transformers does from a mixture of experts? 3.5 GB, 15 minutes
+	$(BIN)/python -m scripts.servers.environment
+	$(BIN)/python -m scripts.servers.merged
+
 lint: install ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,7 +81,10 @@ catalogue: install ## every merge method on the demo's experts: accuracy, time, 
 	$(BIN)/python -m scripts.catalogue
 	$(BIN)/python -m scripts.catalogue.report
 
+heterogeneous: install ## two experts of different architectures in one model, against each and a router; 15 minutes after make demo-experts
+	$(BIN)/python -m scripts.heterogeneous
+
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 
 clean: ## remove what can be built again; cached experts stay
-	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -21,6 +21,7 @@ from mediator_cli.cli.methods import short_reference
 from mediator_cli.methods.registry import methods
 from mediator_cli.plan.schema import recipe_schema
 from mediator_cli.recipe.average import AverageSpec
+from mediator_cli.recipe.heterogeneous import heterogeneous_schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     from mediator_cli.cli.method_pages import MethodPage
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = ("README.md", "recipes/README.md", "mediator_cli/cli/README.md", "mediator_cli/methods/README.md")
+MARKED = (
+    "README.md",
+    "recipes/README.md",
+    "mediator_cli/cli/README.md",
+    "mediator_cli/methods/README.md",
+    "mediator_cli/moe/heterogeneous/README.md",
+)
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -101,6 +108,12 @@ def recipe_fields_block() -> str:
     return table(("field", "default", "meaning"), rows)
 
 
+def heterogeneous_fields_block() -> str:
+    """List every field of a recipe of kind heterogeneous_moe."""
+    schema = heterogeneous_schema()
+    return table(("field", "default", "meaning"), list(_fields(schema, schema, "")))
+
+
 def _fields(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Any:  # noqa: ANN401 - a generator of rows
     for name, facts in node.get("properties", {}).items():
         inner = _resolve(schema, facts)
@@ -140,6 +153,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods_block,
     "method pages": method_pages_block,
     "recipe fields": recipe_fields_block,
+    "heterogeneous fields": heterogeneous_fields_block,
 }
 
 
@@ -158,6 +172,7 @@ def wanted() -> dict[Path, str]:
     pages = {ROOT / name: filled((ROOT / name).read_text(encoding="utf-8")) for name in MARKED}
     schemas = {
         ROOT / "recipes" / "recipe.schema.json": recipe_schema(),
+        ROOT / "recipes" / "heterogeneous.schema.json": heterogeneous_schema(),
         ROOT / "mediator_cli" / "bundle" / "manifest.schema.json": Manifest.model_json_schema(),
         ROOT / "mediator_cli" / "bundle" / "conflicts.schema.json": ConflictReport.model_json_schema(),
     }

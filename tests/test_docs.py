@@ -20,6 +20,7 @@ from mediator_cli.checkpoint.header import read_header
 from mediator_cli.cli.app import main
 from mediator_cli.compare.ablate import GROUPS
 from mediator_cli.methods import registry
+from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe, load_heterogeneous
 from mediator_cli.recipe.router import POLICY_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,10 +191,12 @@ def test_the_groups_of_an_ablation_stand_in_the_evaluation_page():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_valid_form_and_a_schema_line(recipe):
-    loaded = load_recipe(recipe)
+    is_heterogeneous = is_heterogeneous_recipe(recipe)
+    loaded = (load_heterogeneous if is_heterogeneous else load_recipe)(recipe)
     first = loaded.text.splitlines()[0]
     schema = first.removeprefix("# yaml-language-server: $schema=")
-    assert (recipe.parent / schema).resolve() == ROOT / "recipes" / "recipe.schema.json"
+    wanted = "heterogeneous.schema.json" if is_heterogeneous else "recipe.schema.json"
+    assert (recipe.parent / schema).resolve() == ROOT / "recipes" / wanted
     assert all(word in loaded.text for word in ("# Purpose:", "# Needs:", "# Run:"))
 
 

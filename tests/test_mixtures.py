@@ -220,10 +220,9 @@ def test_base_may_be_an_expert_and_experts_are_scaled_and_made_noisy(llama: Fami
         assert torch.equal(tensors[f"{block}.0.w1.weight"], a[f"{stem}.mlp.gate_proj.weight"])
         assert torch.equal(tensors[f"{block}.2.w3.weight"], base[f"{stem}.mlp.up_proj.weight"])
         assert torch.equal(tensors[f"{stem}.self_attn.q_proj.weight"], base[f"{stem}.self_attn.q_proj.weight"])
-    noise = torch.cat([
-        (tensors[f"model.layers.{n}.block_sparse_moe.experts.1.w1.weight"] - b[f"model.layers.{n}.mlp.gate_proj.weight"])
-        .flatten() for n in range(3)
-    ])  # fmt: skip
+    block = "block_sparse_moe.experts.1.w1.weight"
+    layers = [f"model.layers.{n}" for n in range(3)]
+    noise = torch.cat([(tensors[f"{n}.{block}"] - b[f"{n}.mlp.gate_proj.weight"]).flatten() for n in layers])
     assert abs(noise.std().item() - 0.1) < 0.01
     assert abs(noise.mean().item()) < 0.01
 

@@ -29,6 +29,13 @@ def with_block(card: str, name: str, text: str) -> str:
 def router_card(record: RouterRecord) -> str:
     """Tell of a router in the model card: what it reads, how often it is right, what it confuses."""
     report = record.report
+    asked = (
+        f"softmax of {record.features}" if record.classifier == "none" else f"{record.classifier} on {record.features}"
+    )
+    combined = "" if record.policy.combine == "parameters" else f", {record.policy.combine} combined"
+    opening = f"For each prompt a router mixes the experts: {asked}, policy {record.policy.rule}{combined}. "
+    if report is None:
+        return f"## Router\n\n{opening}How often it is right was not measured."
     rows = [
         f"| {expert} | " + " | ".join(str(count) for count in counts) + " |"
         for expert, counts in zip(record.experts, report.confusion, strict=True)
@@ -36,9 +43,8 @@ def router_card(record: RouterRecord) -> str:
     return "\n".join([
         "## Router",
         "",
-        f"For each prompt a router mixes the experts: {record.classifier} on {record.features}, policy "
-        f"{record.policy.rule}. Of {report.n_held_out} held-out prompts it takes {report.accuracy:.1%} for what they "
-        f"are; calibration error {report.calibration_error:.3f}.",
+        f"{opening}Of {report.n_held_out} held-out prompts it takes {report.accuracy:.1%} for what they are; "
+        f"calibration error {report.calibration_error:.3f}.",
         "",
         "| prompts of | " + " | ".join(f"taken for {expert}" for expert in record.experts) + " |",
         "|---|" + "---|" * len(record.experts),

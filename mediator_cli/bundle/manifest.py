@@ -189,9 +189,9 @@ class RouterRecord(Record):
     layer: Annotated[int | None, Field(ge=1, description="hidden_mean: decoder layers that run before the mean.")] = (
         None
     )
-    reads: Annotated[
-        Literal["turn", "prompt"], Field(description="Tokens that perplexity and gradient are of.")
-    ] = "turn"
+    reads: Annotated[Literal["turn", "prompt"], Field(description="Tokens that perplexity and gradient are of.")] = (
+        "turn"
+    )
     first_token: Annotated[
         Literal["skip", "bos"], Field(description="Whether the first of them is predicted, from a token before it.")
     ] = "skip"
@@ -278,12 +278,13 @@ class Manifest(Record):
             raise ValueError(f"shared arrays and modes are of version {GATED_SCHEMA_VERSION}")
         if self.moe is not None and self.schema_version != LATEST_SCHEMA_VERSION:
             raise ValueError(f"a Mixture of Experts is of version {LATEST_SCHEMA_VERSION}")
-        if _is_late(self.router) and self.schema_version != LATEST_SCHEMA_VERSION:
+        if is_late(self.router) and self.schema_version != LATEST_SCHEMA_VERSION:
             raise ValueError(f"experts asked or combined are of version {LATEST_SCHEMA_VERSION}")
         return self
 
 
-def _is_late(router: RouterRecord | None) -> bool:
+def is_late(router: RouterRecord | None) -> bool:
+    """Whether a router says what versions below the latest do not know."""
     return router is not None and (router.asks or router.policy.combine != "parameters")
 
 
@@ -291,7 +292,7 @@ def with_router(manifest: Manifest, router: RouterRecord | None) -> Manifest:
     """Give a manifest another router, and a version that knows what it then says."""
     # Not below 3 again: overrides may store single tensors in another way, which the manifest does not tell.
     version = min(manifest.schema_version, GATED_SCHEMA_VERSION)
-    if _is_late(router) or manifest.moe is not None:
+    if is_late(router) or manifest.moe is not None:
         version = LATEST_SCHEMA_VERSION
     return manifest.model_copy(update={"router": router, "schema_version": version})
 

@@ -270,12 +270,12 @@ def _check_router(check: _Check) -> Iterator[Problem]:
     router = check.manifest.router
     if router is None:
         return
-    faults = _check_file(check.folder, router.file)
+    faults = () if router.file is None else _check_file(check.folder, router.file)
     yield from faults
     names = {source.name for source in check.manifest.experts}
     if unknown := [name for name in router.experts if name not in names]:
         yield Problem(f"{check.folder / MANIFEST} router.experts", f"no expert {', '.join(unknown)}", _HINT)
-    if not faults:
+    if not faults and router.file is not None:
         yield from _check_finite(bundle_file(check.folder, router.file.name))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.evaluate import show_report, sorted_out, write_markdown
+from mediator_cli.cli.mixtures import CombineOption, combination
 from mediator_cli.cli.options import JsonOption, MemoryOption, QuietOption, RecipeArgument, SetOption, WorkersOption
 from mediator_cli.cli.output import console, print_notices
 
@@ -34,6 +35,7 @@ def ablate(
     work: Annotated[
         Path | None, typer.Option("--work", help="Folder for scores and bundles; default: ablation-RECIPE.")
     ] = None,
+    combine: CombineOption = None,
     changes: SetOption = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table here too.", show_default=False)
@@ -66,7 +68,8 @@ def ablate(
             console(stderr=True).print(text, markup=False)
 
     folder = work or Path(f"ablation-{recipe.stem}")
-    job = Comparison(recipe, tasks, folder, tuple(changes or ()), None, settings(memory, workers), report_step)
+    how = combination(combine)
+    job = Comparison(recipe, tasks, folder, tuple(changes or ()), None, settings(memory, workers), report_step, how)
     job, plan = prepare(job)
     print_notices(() if quiet else _left_out(plan, tasks))
     variants = controls(plan, conflict_scores(job, plan), draws, tuple(groups or GROUPS))

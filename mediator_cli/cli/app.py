@@ -34,6 +34,7 @@ from mediator_cli.cli.methods import methods
 from mediator_cli.cli.plan import plan
 from mediator_cli.cli.route import route
 from mediator_cli.cli.schema import schema
+from mediator_cli.cli.train import train
 from mediator_cli.cli.validate import validate
 from mediator_cli.cli.verify import verify
 from mediator_cli.errors import MediatorError
@@ -76,6 +77,7 @@ for command in (
     merge,
     extract_lora,
     gates,
+    train,
     compress_moe,
     inspect,
     verify,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.generate import SeedOption, TemperatureOption, TokensOption, TopPOption
-from mediator_cli.cli.mixtures import ExpertOption, MixtureOption, mixture_text, wanted_of
+from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, mixture_text, wanted_of
 from mediator_cli.cli.output import console, say
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def chat(
     folder: Annotated[Path, typer.Argument(help="A bundle.", metavar="DIR", show_default=False)],
     expert: ExpertOption = None,
     mixture: MixtureOption = None,
+    combine: CombineOption = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep the first turn's mixture for the conversation.")] = False,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -37,8 +38,8 @@ def chat(
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Conversation, Sampling
 
-    asked = wanted_of(folder, expert, mixture)
-    model, tokenizer = opened(folder)
+    asked, how = wanted_of(folder, expert, mixture), combination(combine)
+    model, tokenizer = opened(folder, how)
     if _by_hand():
         say(_HELP)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mediator_cli.cli.mixtures import CombineOption, combination
 from mediator_cli.cli.options import JsonOption, OfflineOption, QuietOption
 from mediator_cli.cli.output import console, print_json, print_table, say
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.evaluate.models import Candidate
     from mediator_cli.evaluate.report import Report
+    from mediator_cli.runtime.combine import Combine
 
 
 def evaluate(
@@ -38,6 +41,7 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="The base of adapters.", show_default=False)
     ] = None,
+    combine: CombineOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
     harness: Annotated[
         str | None,
@@ -62,13 +66,14 @@ def evaluate(
     from mediator_cli.evaluate.tasks import load_tasks
 
     models, files = sorted_out(names, tasks or [])
+    how = combination(combine)
     if harness is not None:
-        candidates = find_candidates(models, [], base, Access(offline))
+        candidates = _combined(find_candidates(models, [], base, Access(offline)), how)
         _download(candidates, quiet or as_json)
         _harness(candidates, harness.split(","), files, limit, as_json)
         return
     loaded = load_tasks(_some(files))
-    candidates = find_candidates(models, [task.name for task in loaded], base, Access(offline))
+    candidates = _combined(find_candidates(models, [task.name for task in loaded], base, Access(offline)), how)
     _download(candidates, quiet or as_json)
     from mediator_cli.cli.opening import quiet_transformers
     from mediator_cli.evaluate.run import EvaluateSettings
@@ -86,6 +91,10 @@ def sorted_out(names: Sequence[str], tasks: Sequence[Path]) -> tuple[list[str], 
     """Move files of rows from the models to the tasks: the shell writes `--tasks *.jsonl` as one task and the rest."""
     files = [Path(name) for name in names if name.endswith(".jsonl") and Path(name).is_file()]
     return [name for name in names if Path(name) not in files], [*tasks, *files]
+
+
+def _combined(candidates: Sequence[Candidate], combine: Combine | None) -> tuple[Candidate, ...]:
+    return tuple(replace(candidate, combine=combine) for candidate in candidates)
 
 
 def _some(files: Sequence[Path]) -> Sequence[Path]:

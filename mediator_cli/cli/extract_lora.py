@@ -70,7 +70,7 @@ def extract_lora(
 ) -> None:
     """Make a LoRA adapter of a fine-tune: the nearest low-rank change of each matrix, and how much of it that holds."""
     from mediator_cli.checkpoint.hub.find import Access
-    from mediator_cli.cli.merge import shown_folder
+    from mediator_cli.cli.output import shown_folder
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.errors import OutputError, Problem

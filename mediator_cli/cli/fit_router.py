@@ -13,7 +13,7 @@ from mediator_cli.cli.output import print_json, print_notices, print_table, say
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.bundle.manifest import Manifest, RouterRecord
     from mediator_cli.recipe.router import RouterSpec
 
 
@@ -28,13 +28,17 @@ def fit_router(
         ),
     ] = None,
     features: Annotated[
-        str | None, typer.Option("--features", help="embedding_mean, hidden_mean or text.", show_default=False)
+        str | None,
+        typer.Option(
+            "--features", help="embedding_mean, hidden_mean, text, perplexity or gradient.", show_default=False
+        ),
     ] = None,
     layer: Annotated[
         int | None, typer.Option("--layer", help="Decoder layers that run, for hidden_mean.", show_default=False)
     ] = None,
     classifier: Annotated[
-        str | None, typer.Option("--classifier", help="logistic, gaussian, prototype or ridge.", show_default=False)
+        str | None,
+        typer.Option("--classifier", help="logistic, gaussian, prototype, ridge or none.", show_default=False),
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -44,6 +48,12 @@ def fit_router(
             help="A field of router.policy, such as rule=top_k or k=2; repeatable. Other fields get their defaults.",
         ),
     ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Another field of `router`, such as reads=prompt; repeatable."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fit the router of a bundle anew, on other prompts or with other settings, and put it in the old one's place."""
@@ -51,7 +61,8 @@ def fit_router(
     from mediator_cli.cli.opening import quiet_transformers
 
     old = read_manifest(folder)
-    wishes = {"features": features, "layer": layer, "classifier": classifier, "policy": _policy(policy)}
+    wishes = {"features": features, "layer": layer, "classifier": classifier, "policy": _values("--policy", policy)}
+    wishes |= _values("--set", fields) or {}
     spec = _spec(old, {name: wish for name, wish in wishes.items() if wish is not None})
     files = {name: Path(file) for name, file in pairs("--prompts", prompts or ())}
     quiet_transformers()
@@ -80,7 +91,7 @@ def pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in parts]
 
 
-def _policy(texts: Sequence[str] | None) -> dict[str, Any] | None:
+def _values(option: str, texts: Sequence[str] | None) -> dict[str, Any] | None:
     import yaml
 
     from mediator_cli.errors import BundleError, Problem
@@ -88,9 +99,9 @@ def _policy(texts: Sequence[str] | None) -> dict[str, Any] | None:
     if texts is None:
         return None
     try:
-        return {name: yaml.safe_load(value) for name, value in pairs("--policy", texts)}
+        return {name: yaml.safe_load(value) for name, value in pairs(option, texts)}
     except yaml.YAMLError:
-        raise BundleError(Problem("--policy", "a value is not YAML", "quote it")) from None
+        raise BundleError(Problem(option, "a value is not YAML", "quote it")) from None
 
 
 def _spec(manifest: Manifest, wishes: Mapping[str, Any]) -> RouterSpec:
@@ -98,15 +109,9 @@ def _spec(manifest: Manifest, wishes: Mapping[str, Any]) -> RouterSpec:
     from pydantic import ValidationError
 
     from mediator_cli.errors import BundleError, Problem
-    from mediator_cli.recipe.router import POLICY_FIELDS, RouterSpec
+    from mediator_cli.recipe.router import RouterSpec
 
-    old: dict[str, Any] = {}
-    if manifest.router is not None:
-        record = manifest.router
-        names = ("rule", *POLICY_FIELDS[record.policy.rule])
-        old = {"classifier": record.classifier, "policy": {name: getattr(record.policy, name) for name in names}}
-        if "features" not in wishes:
-            old |= {"features": record.features, "layer": record.layer}
+    old = _kept(manifest.router, wishes) if manifest.router is not None else {}
     try:
         return RouterSpec.model_validate(old | dict(wishes))
     except ValidationError as error:
@@ -116,3 +121,25 @@ def _spec(manifest: Manifest, wishes: Mapping[str, Any]) -> RouterSpec:
         ]
         hint = "`mediator fit-router --help` and recipes/README.md list what fits"
         raise BundleError([Problem(f"--{place}".rstrip("-"), message, hint) for place, message in faults]) from None
+
+
+def _kept(record: RouterRecord, wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what stays of a bundle's router; nothing where one asks the experts and the other does not."""
+    from mediator_cli.recipe.router import ASKING, POLICY_FIELDS
+
+    features = wishes.get("features", record.features)
+    if (features in ASKING) != record.asks:
+        return {}
+    names = ("rule", *POLICY_FIELDS[record.policy.rule])
+    kept: dict[str, Any] = {
+        "classifier": record.classifier,
+        "policy": {name: getattr(record.policy, name) for name in names},
+    }
+    if record.asks:
+        kept |= {"reads": record.reads, "first_token": record.first_token}
+    if features == record.features:
+        kept |= {"features": record.features, "layer": record.layer}
+        if wishes.get("classifier", record.classifier) == "none":
+            is_fitted = wishes.get("calibrate") == "temperature" or "temperature" in wishes
+            kept |= {"form": record.form} | ({} if is_fitted else {"temperature": record.temperature})
+    return kept

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator_cli.cli.mixtures import ExpertOption, MixtureOption, mixture_text, wanted_of
+from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, mixture_text, wanted_of
 from mediator_cli.cli.options import JsonOption, QuietOption
 from mediator_cli.cli.output import console, print_json, say
 
@@ -30,6 +30,7 @@ def generate(
     texts: Annotated[list[str], typer.Argument(help="Prompts; several are answered in one batch.", metavar="TEXT…")],
     expert: ExpertOption = None,
     mixture: MixtureOption = None,
+    combine: CombineOption = None,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -42,8 +43,8 @@ def generate(
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Sampling
 
-    asked = wanted_of(folder, expert, mixture)
-    model, tokenizer = opened(folder)
+    asked, how = wanted_of(folder, expert, mixture), combination(combine)
+    model, tokenizer = opened(folder, how)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     started = time.monotonic()
     results = _answers(model, tokenizer, texts, asked, sampling, raw=raw, streams=not (as_json or quiet))

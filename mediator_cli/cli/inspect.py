@@ -132,7 +132,8 @@ def _stored_as(manifest: Manifest) -> str:
 
 def _print_bundle(folder: Path, url: str | None) -> None:
     from mediator_cli.bundle.manifest import SCHEMA_VERSION, read_manifest
-    from mediator_cli.cli.merge import print_bundle, shown_folder
+    from mediator_cli.cli.merge import print_bundle
+    from mediator_cli.cli.output import shown_folder
 
     manifest = read_manifest(folder)
     print_bundle(url or shown_folder(folder), manifest)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mediator_cli.cli.heterogeneous import Output, carry_out, refuse_options
 from mediator_cli.cli.mixture import print_mixture
-from mediator_cli.cli.heterogeneous import carry_out, refuse_options
 from mediator_cli.cli.options import (
     JsonOption,
     MemoryOption,
@@ -20,12 +20,12 @@ from mediator_cli.cli.options import (
     SetOption,
     WorkersOption,
 )
-from mediator_cli.cli.output import Told, print_json, print_table, say
+from mediator_cli.cli.output import Told, print_json, print_table, say, shown_folder
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.manifest import Manifest, RouterRecord
+    from mediator_cli.bundle.manifest import Manifest, RouterRecord, RouterReport
     from mediator_cli.executors.place import Place
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import Plan
@@ -80,10 +80,8 @@ def merge(
     from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
 
     if is_heterogeneous_recipe(recipe, changes or ()):
-        others = {"--conflicts": conflicts, "--resume": resume, "--address": address, "--ray-workers": ray_workers}
-        refuse_options({**others, "--executor": executor != "local"})
-        given = {"overwrite": overwrite, "offline": offline, "as_json": as_json, "quiet": quiet}
-        carry_out(recipe, changes or (), output, **given)
+        refuse_options({"--conflicts": conflicts, "--resume": resume, "--executor": executor != "local"})
+        carry_out(recipe, changes or (), output, Output(overwrite, as_json, quiet), offline=offline)
         return
     _check_executor(executor, address, ray_workers)
     place, patience = _place() if executor == "rank" else (None, 0.0)
@@ -92,8 +90,7 @@ def merge(
         run = settings(memory, workers, overwrite=overwrite, resume=resume, progress=progress, notify=told.tell)
         loaded = load_last(recipe, changes or (), output, Access(offline), run, alone=executor == "local")
         made = plan_with_unseen(loaded, Access(offline), progress)
-    if made.modules and executor != "local":
-        raise OutputError(Problem("--executor", "adapters are small: one process merges them", "leave it out"))
+    _check_adapters(made, executor)
     url = _check_url(output_url(made, output), executor, offline=offline)
     told.tell(*made.notices)
     if made.router is not None or made.moe is not None:
@@ -126,6 +123,11 @@ def _check_executor(executor: str, address: str | None, ray_workers: int | None)
     if wrong:
         message = "is for --executor ray alone"
         raise OutputError([Problem(name, message, "add --executor ray, or leave it out") for name in wrong])
+
+
+def _check_adapters(plan: Plan, executor: str) -> None:
+    if plan.modules and executor != "local":
+        raise OutputError(Problem("--executor", "adapters are small: one process merges them", "leave it out"))
 
 
 def _check_url(url: str | None, executor: str, *, offline: bool) -> str | None:
@@ -207,13 +209,14 @@ def _print_part(folder: Path, place: Place, *, as_json: bool, quiet: bool) -> No
 
 def summary(place: str, manifest: Manifest, seconds: float) -> dict[str, object]:
     """Gather what another program wants to know of a finished merge."""
+    report = manifest.router.report if manifest.router else None
     return {
         "bundle": place,
         "digest": manifest.digest,
         "assignment": manifest.assignment,
         "scores": manifest.conflict.scores if manifest.conflict else None,
         "moe": manifest.moe.model_dump(mode="json") if manifest.moe else None,
-        "router": manifest.router.report.model_dump(mode="json") if manifest.router else None,
+        "router": report.model_dump(mode="json") if report else None,
         "sizes": manifest.sizes.model_dump(),
         "seconds": round(seconds, 2),
     }
@@ -224,13 +227,6 @@ def _print(place: str, manifest: Manifest, seconds: float) -> None:
     say(f"written in {seconds:.1f} s, digest {manifest.digest}")
     more = "gates" if manifest.moe else "inspect"
     say(f"Next: mediator {more} {place}   ·   mediator verify {place}")
-
-
-def shown_folder(folder: Path) -> str:
-    """Write a folder as a person would type it here."""
-    whole = folder.resolve()
-    text = str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
-    return f"'{text}'" if " " in text else text
 
 
 def print_bundle(place: str, manifest: Manifest) -> None:
@@ -262,16 +258,27 @@ def print_bundle(place: str, manifest: Manifest) -> None:
 
 def router_rows(router: RouterRecord) -> list[tuple[str, str]]:
     """Tell what a router reads, how it decides and how often it is right."""
-    report, policy = router.report, router.policy
+    policy = router.policy
     layers = f" after {router.layer} layers" if router.layer else ""
+    asked = f" of the {'last turn' if router.reads == 'turn' else 'whole prompt'}" if router.asks else ""
+    form = f" ({router.form})" if router.form else ""
     given = {"uncertainty": ("sure", "cover"), "top_k": ("k",), "fixed": ("weights",)}.get(policy.rule, ())
     parameters = ", ".join(f"{name}={getattr(policy, name)}" for name in given)
     return [
-        ("reads", f"{router.features}{layers}, {router.size} features"),
-        ("classifier", f"{router.classifier}, temperature {router.temperature:.3g}"),
+        ("reads", f"{router.features}{asked}{layers}, {router.size} features"),
+        ("classifier", f"{router.classifier}{form}, temperature {router.temperature:.3g}"),
         ("policy", f"{policy.rule}({parameters}), outside: {policy.outside}"),
-        ("outside above", f"{router.outside_above:.3g}"),
-        ("fitted on", f"{report.n_fitted} prompts"),
+        *([] if policy.combine == "parameters" else [("combined", f"{policy.combine} of experts that run apart")]),
+        *([] if router.outside_above is None else [("outside above", f"{router.outside_above:.3g}")]),
+        *_report_rows(router.report),
+    ]
+
+
+def _report_rows(report: RouterReport | None) -> list[tuple[str, str]]:
+    if report is None:
+        return [("right on", "not measured, for want of prompts")]
+    return [
+        *([("fitted on", f"{report.n_fitted} prompts")] if report.n_fitted else []),
         ("right on", f"{report.accuracy:.1%} of {report.n_held_out} held-out prompts"),
         ("calibration", f"error {report.calibration_error:.3f}, log loss {report.log_loss:.3f}"),
     ]

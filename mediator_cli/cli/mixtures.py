@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from mediator_cli.runtime.combine import Combine
     from mediator_cli.runtime.mixing import Wanted
 
 ExpertOption = Annotated[
@@ -21,6 +22,31 @@ MixtureOption = Annotated[
     str | None,
     typer.Option("--mixture", metavar="A=0.7,B=0.3", help="Answer with these weights.", show_default=False),
 ]
+
+
+CombineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--combine",
+        metavar="HOW",
+        help="How several experts answer: parameters (mixed into one model), or run apart, with the mean of their "
+        "probabilities, logits or hidden states. Default: as the router's policy says.",
+        show_default=False,
+    ),
+]
+
+
+def combination(text: str | None) -> Combine | None:
+    """Read what --combine asks for, None = as the policy says; raise BundleError for what there is not."""
+    from mediator_cli.errors import BundleError, Problem, did_you_mean
+
+    names: tuple[Combine, ...] = ("parameters", "probabilities", "logits", "hidden")
+    for name in names:
+        if text == name:
+            return name
+    if text is None:
+        return None
+    raise BundleError(Problem("--combine", f"no way '{text}'", did_you_mean(text, names)))
 
 
 def wanted(expert: str | None, mixture: str | None) -> str | dict[str, float] | None:

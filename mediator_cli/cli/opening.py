@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from mediator_cli.runtime.combine import Combine
     from mediator_cli.runtime.model import RoutedModel
 
 
@@ -20,7 +21,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def opened(folder: Path) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
+def opened(folder: Path, combine: Combine | None = None) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
     """Open a bundle and its tokenizer, with a spinner on a terminal; raise BundleError when it is damaged."""
     from mediator_cli.cli.output import console
 
@@ -29,4 +30,4 @@ def opened(folder: Path) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
         from mediator_cli.runtime.prompts import load_tokenizer
 
         quiet_transformers()
-        return open_bundle(folder), load_tokenizer(folder)
+        return open_bundle(folder, combine=combine), load_tokenizer(folder)

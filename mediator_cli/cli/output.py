@@ -6,13 +6,13 @@ import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.errors import OutputError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from rich.console import Console
     from rich.text import Text
@@ -90,6 +90,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], ti
     for row in rows:
         table.add_row(*(_plain(cell) if isinstance(cell, str) else cell for cell in row))
     console().print(table)
+
+
+def shown_folder(folder: Path) -> str:
+    """Write a folder as a person would type it here."""
+    whole = folder.resolve()
+    text = str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
+    return f"'{text}'" if " " in text else text
 
 
 def write_text(file: Path, text: str) -> None:

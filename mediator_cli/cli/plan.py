@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mediator_cli.cli.mixture import mixture_rows
 from mediator_cli.cli.heterogeneous import show_plan
+from mediator_cli.cli.mixture import mixture_rows
 from mediator_cli.cli.options import JsonOption, MemoryOption, OfflineOption, RecipeArgument, SetOption, WorkersOption
 from mediator_cli.cli.output import console, print_json, print_notices, print_table, say
 from mediator_cli.recipe.sizes import human_bytes

@@ -58,7 +58,16 @@ def _facts(prompt: str, row: int, record: RouterRecord, routing: Routing) -> dic
         "outside_above": record.outside_above,
         "is_outside": bool(routing.is_outside[row]),
         "mixture": _by_expert(routing, routing.weights[row].tolist()),
+        **_answers(row, record, routing),
     }
+
+
+def _answers(row: int, record: RouterRecord, routing: Routing) -> dict[str, Any]:
+    """Gather what the experts said where they were asked; nothing of a prompt that is too short for that."""
+    if routing.answers is None or routing.is_silent is None:
+        return {}
+    said = None if routing.is_silent[row] else _by_expert(routing, routing.answers[row].tolist())
+    return {record.features: said}
 
 
 def _by_expert(routing: Routing, values: list[float]) -> dict[str, float]:
@@ -70,10 +79,25 @@ def _print(facts: dict[str, Any]) -> None:
 
     text = " ".join(facts["prompt"].split())
     say(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
+    asked = next((name for name in ("perplexity", "gradient") if name in facts), "")
     rows = [(name, f"{p:.3f}", "█" * round(p * _BAR)) for name, p in facts["probabilities"].items()]
-    print_table(("expert", "probability#", ""), rows)
-    against = "above" if facts["is_outside"] else "within"
+    if asked and facts[asked]:
+        said = [f"{value:.1f}" if asked == "perplexity" else f"{value:+.5f}" for value in facts[asked].values()]
+        heading = "perplexity#" if asked == "perplexity" else "cosine#"
+        rows = [(name, value, *rest) for (name, *rest), value in zip(rows, said, strict=True)]
+        print_table(("expert", heading, "probability#", ""), rows)
+    else:
+        print_table(("expert", "probability#", ""), rows)
     say(f"uncertainty   {facts['uncertainty']:.3f}")
-    say(f"unlike tasks  {facts['score']:.2f}, {against} the limit of {facts['outside_above']:.2f}")
+    say(f"unlike tasks  {_unlike(facts, is_silent=bool(asked) and not facts[asked])}")
     say(f"mixture       {mixture_text(list(facts['mixture'].values()), list(facts['mixture']))}")
     say()
+
+
+def _unlike(facts: dict[str, Any], *, is_silent: bool) -> str:
+    if is_silent:
+        return "not known: a prompt of one token cannot be predicted, so the experts were not asked"
+    if facts["outside_above"] is None:
+        return f"{facts['score']:.4g}, without a limit: the router was measured on no prompts"
+    against = "above" if facts["is_outside"] else "within"
+    return f"{facts['score']:.2f}, {against} the limit of {facts['outside_above']:.2f}"

@@ -14,6 +14,7 @@ class SchemaKind(StrEnum):
     """What a schema describes."""
 
     recipe = "recipe"
+    heterogeneous = "heterogeneous"
     manifest = "manifest"
     conflicts = "conflicts"
 
@@ -21,11 +22,16 @@ class SchemaKind(StrEnum):
 def schema(
     kind: Annotated[SchemaKind, typer.Argument(help="Which format.", show_default=True)] = SchemaKind.recipe,
 ) -> None:
-    """Print the JSON schema of a recipe, a routing manifest or a conflict report."""
+    """Print the JSON schema of a recipe, one of kind heterogeneous_moe, a routing manifest or a conflict report."""
     if kind is SchemaKind.recipe:
         from mediator_cli.plan.schema import recipe_schema
 
         print_json(recipe_schema())
+        return
+    if kind is SchemaKind.heterogeneous:
+        from mediator_cli.recipe.heterogeneous import heterogeneous_schema
+
+        print_json(heterogeneous_schema())
         return
     from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.bundle.manifest import Manifest

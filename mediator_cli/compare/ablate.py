@@ -10,7 +10,15 @@ from mediator_cli.bundle.manifest import read_record, to_json
 from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.compare.key import conflict_key
 from mediator_cli.compare.store import save_text
-from mediator_cli.compare.variants import assignments, extractions, policies, references, routed, static_merges
+from mediator_cli.compare.variants import (
+    assignments,
+    combinations,
+    extractions,
+    policies,
+    references,
+    routed,
+    static_merges,
+)
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import scores_by_measure
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
     from mediator_cli.plan.model import Plan
 
 REFERENCE = "oracle experts"
-GROUPS = ("static", "mediator", "assignment", "density", "values", "dense expert", "policy")
+GROUPS = ("static", "mediator", "assignment", "density", "values", "dense expert", "policy", "combination")
 STATIC = {
     "as in the recipe": (),
     "linear": ("average.method=linear",),
@@ -90,6 +98,7 @@ def controls(plan: Plan, scores: Mapping[str, float], draws: int, groups: Sequen
         "assignment": lambda: assignments(layers, n_chosen, draws, recipe.seed, f"{recipe.conflict.unit}s"),
         "extraction": extractions,
         "policy": lambda: policies(len(plan.experts)),
+        "combination": lambda: combinations(len(plan.experts)),
     }
     found = list(references([expert.name for expert in plan.experts]))
     for make in makers.values():

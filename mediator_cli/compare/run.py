@@ -35,13 +35,17 @@ if TYPE_CHECKING:
     from mediator_cli.evaluate.score import RowScore
     from mediator_cli.evaluate.tasks import Row, Task
     from mediator_cli.plan.model import Plan
+    from mediator_cli.runtime.combine import Combine
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, on what, and where results are kept; `say` is told what happens."""
+    """What is compared, on what, and where results are kept; `say` is told what happens.
+
+    `combine` says how several experts answer, None = as the recipe's router does.
+    """
 
     recipe: Path
     tasks: tuple[Task, ...]
@@ -50,6 +54,7 @@ class Comparison:
     conflicts: Path | None = None
     settings: Settings = field(default_factory=Settings)
     say: Callable[[str], None] = lambda text: None
+    combine: Combine | None = None
 
 
 @dataclass(frozen=True)
@@ -234,39 +239,63 @@ def _task_scores(made: Made, variant: Variant, task: Task) -> Iterator[RowScore]
     elif variant.model == "base":
         yield from _scored(made, "", [(None, row) for row in task.rows])
     elif variant.answer == "router":
-        yield from _scored(made, "", list(zip(_routed(made, task, variant.policy), task.rows, strict=True)))
+        routed = list(zip(_routed(made, task, variant.policy), task.rows, strict=True))
+        yield from _scored(made, "", routed, _combination(made, variant))
     else:
         mixture = {name: 1.0} if name in experts else {}
         yield from _scored(made, "", [(mixture, row) for row in task.rows])
 
 
-def _scored(made: Made, name: str, wanted: Sequence[tuple[Mapping[str, float] | None, Row]]) -> Iterator[RowScore]:
+def _combination(made: Made, variant: Variant) -> Combine:
+    """Say how several experts answer: as the variant says, or the comparison, or the recipe's router."""
+    router = made.plan.router
+    planned: Combine = router.policy.combine if router is not None else "parameters"
+    return variant.combine or made.job.combine or planned
+
+
+def _scored(
+    made: Made,
+    name: str,
+    wanted: Sequence[tuple[Mapping[str, float] | None, Row]],
+    combine: Combine = "parameters",
+) -> Iterator[RowScore]:
     store = made.store(name)
     groups: dict[str, tuple[Mapping[str, float] | None, list[Row]]] = {}
     for mixture, row in wanted:
-        groups.setdefault(_mixture_key(mixture), (mixture, []))[1].append(row)
+        groups.setdefault(_mixture_key(mixture, combine), (mixture, []))[1].append(row)
     for key, (mixture, rows) in groups.items():
         missing = list({row_key(row): row for row in store.missing(key, rows)}.values())
         if missing:
             model, tokenizer = made.open(name)
+            _set_combination(model, combine)
             started = time.monotonic()
             found = score_rows(model, tokenizer, missing, ScoreSettings(mixture=_asked(mixture)))
             store.put(key, missing, found, time.monotonic() - started)
-    yield from (store.get(_mixture_key(mixture), row) for mixture, row in wanted)
+    yield from (store.get(_mixture_key(mixture, combine), row) for mixture, row in wanted)
+
+
+def _set_combination(model: PreTrainedModel, combine: Combine) -> None:
+    from mediator_cli.runtime.model import RoutedModel
+
+    if isinstance(model, RoutedModel):
+        model.combine = combine
 
 
 def _asked(mixture: Mapping[str, float] | None) -> str | Mapping[str, float] | None:
     return "dense" if mixture is not None and not mixture else mixture
 
 
-def _mixture_key(mixture: Mapping[str, float] | None) -> str:
-    return json.dumps(sorted(mixture.items()) if mixture is not None else None)
+def _mixture_key(mixture: Mapping[str, float] | None, combine: Combine) -> str:
+    """Name who answers; where one model does, it is the same however several would be combined."""
+    key = json.dumps(sorted(mixture.items()) if mixture is not None else None)
+    is_one = mixture is None or not mixture or (len(mixture) == 1 and set(mixture.values()) == {1.0})
+    return key if is_one or combine == "parameters" else f"{combine} {key}"
 
 
 def _routed(made: Made, task: Task, policy: PolicyRecord | None) -> list[Mapping[str, float]]:
-    from mediator_cli.evaluate.tokens import prompt_tokens
     from mediator_cli.runtime.model import RoutedModel
     from mediator_cli.runtime.policy import mix
+    from mediator_cli.runtime.tokens import prompt_tokens
 
     model, tokenizer = made.open("")
     if not isinstance(model, RoutedModel):

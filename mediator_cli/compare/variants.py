@@ -11,6 +11,8 @@ from mediator_cli.bundle.manifest import PolicyRecord
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from mediator_cli.runtime.combine import Combine
+
 Model = Literal["base", "experts", "bundle"]
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 
@@ -20,7 +22,7 @@ class Variant:
     """One line of a comparison: which model, made by which changes of the recipe, and who decides its mixture.
 
     `answer` is `oracle` (the expert named like the task), `router`, `dense`, or the name of an expert; `policy` takes
-    the place of the router's own.
+    the place of the router's own, `combine` that of its way to let several experts answer.
     """
 
     group: str
@@ -29,6 +31,7 @@ class Variant:
     changes: tuple[str, ...] = ()
     answer: str = "oracle"
     policy: PolicyRecord | None = None
+    combine: Combine | None = None
 
 
 def references(experts: Sequence[str], *, crossed: bool = False) -> Iterator[Variant]:
@@ -95,6 +98,14 @@ def policies(n_experts: int) -> Iterator[Variant]:
     }
     for name, policy in every.items():
         yield Variant("policy", f"policy {name}", answer="router", policy=policy)
+
+
+def combinations(n_experts: int) -> Iterator[Variant]:
+    """Give the two most probable experts of each input, combined in every way."""
+    policy = PolicyRecord(rule="top_k", k=min(2, n_experts), outside="ignore")
+    ways: tuple[Combine, ...] = ("parameters", "probabilities", "logits", "hidden")
+    for way in ways:
+        yield Variant("combination", f"top 2, {way} combined", answer="router", policy=policy, combine=way)
 
 
 def with_changes(variants: Sequence[Variant], changes: tuple[str, ...]) -> list[Variant]:

@@ -158,7 +158,8 @@ def _prompt_mask(batch: Batch) -> NDArray[np.bool_]:
     """Mark the tokens [rows, width] of the prompt, of bins with one query each: the last one predicts the answer."""
     first = {row: columns[0] for row, columns in batch.reads.values()}
     ends = np.array([first[row] for row in range(len(batch.ids))]) + batch.ids.shape[1] - batch.n_kept
-    return batch.mask[:, -1] & (np.arange(batch.ids.shape[1]) <= ends[:, None])
+    marked: NDArray[np.bool_] = batch.mask[:, -1] & (np.arange(batch.ids.shape[1]) <= ends[:, None])
+    return marked
 
 
 def _tree_mask(batch: Batch, model: PreTrainedModel) -> torch.Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.source import Checkpoint, Location
     from mediator_cli.pipeline.download import FarFile
     from mediator_cli.pipeline.progress import Progress
+    from mediator_cli.runtime.combine import Combine
 
 Kind = Literal["model", "adapter", "bundle"]
 ROUTED, DENSE, ORACLE = "", "dense", "oracle"
@@ -37,7 +38,8 @@ class Candidate:
 
     `part` of a bundle is an expert's name, DENSE, ORACLE (the expert named like the task) or ROUTED. `n_bytes` on disk
     are those that it needs: an adapter its base, an expert of a bundle the dense expert and its own sparse file. `far`
-    are those of its files that are still on the Hub.
+    are those of its files that are still on the Hub. `combine` says how several experts of a bundle answer, None = as
+    its router's policy does.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Candidate:
     base: Path | None = None
     n_bytes: int = 0
     far: tuple[FarFile, ...] = ()
+    combine: Combine | None = None
 
     def mixture(self, task: str) -> str | None:
         """Say which mixture answers a task: None where a router decides, or where nothing is mixed."""
@@ -156,8 +159,8 @@ def _beside_dense(manifest: Manifest, part: str) -> int:
     shared = [manifest.shared] if used and manifest.shared is not None else []
     files = [file for record in used for file in record.files] + [file for record in shared for file in record.files]
     sparse = sum(file.bytes for file in files)
-    router = manifest.router.file.bytes if manifest.router is not None and part == ROUTED else 0
-    return sparse + router
+    router = manifest.router.file if manifest.router is not None and part == ROUTED else None
+    return sparse + (router.bytes if router is not None else 0)
 
 
 def download_candidates(candidates: Sequence[Candidate], progress: Progress = silent) -> None:
@@ -173,9 +176,9 @@ def load_candidate(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTok
 
     download_candidates([candidate])
     if candidate.kind == "model" and is_heterogeneous(read_json(candidate.path / "config.json")):
-        import mediator_cli.moe.heterogeneous
+        import mediator_cli.moe.heterogeneous  # noqa: F401 - teaches the Auto classes to load it
     if candidate.kind == "bundle" and candidate.part != DENSE:
-        return open_bundle(candidate.path), load_tokenizer(candidate.path)
+        return open_bundle(candidate.path, combine=candidate.combine), load_tokenizer(candidate.path)
     if candidate.base is None:
         return load_dense(candidate.path), load_tokenizer(candidate.path)
     model = load_dense(candidate.base)

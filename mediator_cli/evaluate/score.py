@@ -11,8 +11,8 @@ from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.evaluate.forward import Limits, make_job
 from mediator_cli.evaluate.layout import Query
 from mediator_cli.evaluate.routed import score_by_prompt
-from mediator_cli.evaluate.tokens import answer_tokens, end_tokens, prompt_tokens
 from mediator_cli.runtime.features import context_length
+from mediator_cli.runtime.tokens import answer_tokens, end_tokens, prompt_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.evaluate.forward import Scored
     from mediator_cli.evaluate.tasks import Row
-    from mediator_cli.evaluate.tokens import Prompt
+    from mediator_cli.runtime.tokens import Prompt
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ def _build(plan: Plan, building: Building, given: _Given, job: RouterJob | None,
     notices = (*doubts, *notices, *(made.notices if made else ()))
     outcome = Outcome(given.title, sources, report, assignment, written, router, notices, made)
     _write_records(plan, folder, work, outcome)
+    if router is not None or (job is not None and written.kept):
+        _ask_experts(folder, job, run)
 
 
 def _prepare_router(plan: Plan) -> RouterJob | None:
@@ -220,6 +222,17 @@ def _write_router(
     fitted = add_router(folder, job)
     advance(n_bytes)
     return fitted
+
+
+def _ask_experts(folder: Path, job: RouterJob | None, run: Settings) -> None:
+    """Let the experts of the bundle say what its router is fitted to, where it is one that asks them."""
+    if job is None or not job.settings.features.asks:
+        return
+    from mediator_cli.pipeline.router import ask_experts
+
+    advance = counter(run.progress, "ask experts", 1)
+    ask_experts(folder, job)
+    advance(1)
 
 
 def _write_records(plan: Plan, folder: Path, work: Work, outcome: Outcome) -> None:

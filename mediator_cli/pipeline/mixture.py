@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mediator_cli.kernels.arrays import Floats
     from mediator_cli.moe.gates.report import GateFit
     from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.plan.mixture import MoePlan
     from mediator_cli.plan.model import Plan
-    from mediator_cli.plan.moe.model import MoePlan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mediator_cli.plan.moe.make import as_mixture
 
 if TYPE_CHECKING:
     from mediator_cli.plan.model import Plan
-    from mediator_cli.plan.moe.model import MoePlan
+    from mediator_cli.plan.mixture import MoePlan
 
 Ends = tuple[int, int]
 """From the least to the most that the rule can choose."""

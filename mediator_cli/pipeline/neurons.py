@@ -13,8 +13,8 @@ from mediator_cli.checkpoint.write import write_at
 from mediator_cli.engine.streams import Piece, fill, open_streams
 from mediator_cli.kernels.arrays import bytes_of
 from mediator_cli.pipeline.progress import counter
+from mediator_cli.plan.mixture import BASE
 from mediator_cli.plan.moe.check import block_tensor
-from mediator_cli.plan.moe.model import BASE
 from mediator_cli.stages.neurons import (
     Block,
     column_squares,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.read import Reader
     from mediator_cli.kernels.arrays import Counts, Doubles, Floats
     from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.plan.mixture import MoePlan
     from mediator_cli.plan.model import Plan
-    from mediator_cli.plan.moe.model import MoePlan
 
 _ROWS = 256
 """Rows that are read at a time: a block of a large model is far larger than what is kept of it."""
@@ -125,10 +125,8 @@ def _expert(reader: Reader, name: str, layer: int, shape: tuple[int, int], scale
 
 def _correction(expert: _Blocks, shared: _Blocks, width: int) -> Block:
     """Choose the neurons that changed most, as many as the width has place for, and build the correction of these."""
-    scores = score_neurons(
-        _rows(expert, shared, "gate_proj"), _rows(expert, shared, "up_proj"), _columns(expert, shared)
-    )
-    chosen = most_changed(scores, width // 2)
+    gate, up = _rows(expert, shared, "gate_proj"), _rows(expert, shared, "up_proj")
+    chosen = most_changed(score_neurons(gate, up, _columns(expert, shared)), width // 2)
     return correction_of(_chosen(expert, chosen), _chosen(shared, chosen), np.arange(len(chosen)), width)
 
 
@@ -138,7 +136,7 @@ def _rows(expert: _Blocks, shared: _Blocks, projection: Projection) -> Doubles:
 
 
 def _columns(expert: _Blocks, shared: _Blocks) -> Doubles:
-    total: Doubles = np.zeros((2, shared["down_proj"].columns))
+    total: Doubles = np.zeros((3, shared["down_proj"].columns))
     for (_, mine), (_, common) in zip(expert["down_proj"].parts(), shared["down_proj"].parts(), strict=True):
         total = column_squares(mine, common, total)
     return total

@@ -25,6 +25,7 @@ from mediator_cli.bundle.manifest import (
     SparseUnitRecord,
     TensorRecord,
     bundle_digest,
+    is_late,
 )
 from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.digest import digest_file
@@ -128,7 +129,7 @@ def make_manifest(
 
 
 def _version_of(plan: Plan, outcome: Outcome) -> Literal[2, 3, 4]:
-    if outcome.made is not None:
+    if outcome.made is not None or is_late(outcome.router):
         return LATEST_SCHEMA_VERSION
     return GATED_SCHEMA_VERSION if _is_gated(plan, outcome) else SCHEMA_VERSION
 
@@ -264,8 +265,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         "",
         _mixed(outcome.made.record) if outcome.made else _assigned(outcome),
         "",
-        "`AutoModelForCausalLM.from_pretrained` on this folder gives "
-        + ("the mixture." if plan.moe else "the dense expert."),
+        f"`AutoModelForCausalLM.from_pretrained` on this folder gives the {'mixture' if plan.moe else 'dense expert'}.",
         "`routing_manifest.json` holds recipe, sources with digests, conflict scores and assignment; `mediator verify`",
         "checks every byte.",
         "",

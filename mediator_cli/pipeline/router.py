@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.card import CARD, router_card, with_block
-from mediator_cli.bundle.manifest import ROUTER, PolicyRecord, read_manifest
+from mediator_cli.bundle.manifest import ROUTER, PolicyRecord, read_manifest, with_router
 from mediator_cli.bundle.record import FileRecord
 from mediator_cli.bundle.replace import replace_files
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.source import side_files
 from mediator_cli.errors import BundleError, Problem, RecipeError, did_you_mean
 from mediator_cli.plan.prompts import read_prompts
+from mediator_cli.runtime.ask import text_ids
 from mediator_cli.runtime.dense_features import folder_reader
-from mediator_cli.runtime.features import FeatureSpec
+from mediator_cli.runtime.features import FeatureSpec, spec_of
 from mediator_cli.runtime.fit import FitSettings, choose_prompts, fit_router
 from mediator_cli.runtime.prompts import load_tokenizer, prompt_reader
 from mediator_cli.runtime.router import read_router, write_router
+from mediator_cli.runtime.unfitted import measured, unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterJob:
-    """What a router is fitted on, read and checked before anything is merged."""
+    """What a router is fitted on, read and checked before anything is merged; no prompts where it needs none."""
 
+    experts: tuple[str, ...]
     prompts: Mapping[str, Sequence[str]]
     settings: FitSettings
 
@@ -48,39 +52,63 @@ def prepare_router(plan: Plan) -> RouterJob | None:
         return None
     prompts = {expert.name: read_prompts(expert.prompts) for expert in plan.experts if expert.prompts is not None}
     settings = fit_settings(plan.router)
+    if len(prompts) < len(plan.experts):
+        prompts = {}
     try:
-        choose_prompts(prompts, settings)
+        if prompts:
+            choose_prompts(prompts, settings)
     except BundleError as error:
         place = plan.loaded.place("experts")
         raise RecipeError([Problem(f"{place}: {p.place}", p.message, p.hint) for p in error.problems]) from None
     load_tokenizer(plan.tokenizer_folder if side_files(plan.tokenizer_folder) else plan.base.path)
-    return RouterJob(prompts, settings)
+    return RouterJob(tuple(expert.name for expert in plan.experts), prompts, settings)
 
 
 def fit_settings(spec: RouterSpec) -> FitSettings:
     """Give the settings that a recipe's `router` asks for."""
     return FitSettings(
-        features=FeatureSpec(spec.features, spec.layer),
+        features=FeatureSpec(spec.features, spec.layer, spec.reads, spec.first_token),
         classifier=spec.classifier,
         calibrate=spec.calibrate,
         held_out=spec.held_out,
         max_prompts=spec.max_prompts,
         outside_quantile=spec.outside_quantile,
         policy=PolicyRecord(**spec.policy.model_dump()),
+        form=spec.form or ("inverse" if spec.features == "perplexity" and spec.classifier == "none" else None),
+        temperature=spec.temperature,
     )
 
 
-def add_router(folder: Path, job: RouterJob) -> tuple[RouterRecord, tuple[str, ...]]:
-    """Fit a router on the dense expert in a folder and write its file; return its record and what is worth knowing."""
+def add_router(folder: Path, job: RouterJob) -> tuple[RouterRecord | None, tuple[str, ...]]:
+    """Fit a router on the dense expert in a folder and write its file; return its record and what is worth knowing.
+
+    Experts can be asked only when their bundle is finished: `ask_experts` does that, and until then a router that is
+    fitted to what they say is missing.
+    """
+    if job.settings.features.asks:
+        bare = job.settings.classifier == "none"
+        return unmeasured(job.settings, job.experts).record(None) if bare else None, ()
     fitted = _fit(folder, job)
     write_router(folder / ROUTER, fitted.arrays)
     return fitted.record(_file_record(folder / ROUTER)), fitted.notices
 
 
+def ask_experts(folder: Path, job: RouterJob) -> None:
+    """Fit or measure a router that asks the experts, on a bundle whose manifest is written; nothing for another job."""
+    if job.settings.features.asks and job.prompts:
+        old = read_manifest(folder)
+        fitted = _fit(folder, job)
+        _put_router(folder, old.model_copy(update={"notices": (*old.notices, *fitted.notices)}), fitted)
+
+
 def _fit(folder: Path, job: RouterJob) -> FittedRouter:
+    if job.settings.classifier == "none" and not job.prompts:
+        return unmeasured(job.settings, job.experts)
     tokenizer = load_tokenizer(folder)
     reader = folder_reader(folder, tokenizer, job.settings.features)
-    return fit_router(reader, prompt_reader(tokenizer).encode, job.prompts, job.settings)
+    encode = partial(text_ids, prompt_reader(tokenizer), job.settings.features)
+    make = measured if job.settings.classifier == "none" else fit_router
+    return make(reader, encode, job.prompts, job.settings)
 
 
 def _file_record(file: Path) -> FileRecord:
@@ -96,15 +124,26 @@ def refit_router(folder: Path, files: Mapping[str, Path], spec: RouterSpec) -> t
     old = read_manifest(folder)
     sources = _with_prompts(folder, old, files)
     _check_policy(spec, [source.name for source in sources])
-    paths = {source.name: find_prompts(folder, source) for source in sources}
-    job = RouterJob({name: read_prompts(path) for name, path in paths.items()}, fit_settings(spec))
+    is_needless = spec.classifier == "none" and any(source.prompts is None for source in sources)
+    paths = {} if is_needless else {source.name: find_prompts(folder, source) for source in sources}
+    prompts = {name: read_prompts(path) for name, path in paths.items()}
+    fitted = _fit(folder, RouterJob(tuple(source.name for source in sources), prompts, fit_settings(spec)))
+    return _put_router(folder, old.model_copy(update={"experts": sources}), fitted), fitted.notices
+
+
+def _put_router(folder: Path, manifest: Manifest, fitted: FittedRouter) -> Manifest:
+    """Put a router into a finished bundle, in the place of another if it has one."""
+    if not fitted.arrays:
+        record = fitted.record(None)
+        new = replace_files(folder, with_router(manifest, record), _card(folder, record))
+        # The manifest names it no more.
+        (folder / ROUTER).unlink(missing_ok=True)
+        return new
     with TemporaryDirectory(prefix="mediator-") as scratch:
-        fitted = _fit(folder, job)
         file = Path(scratch) / ROUTER
         write_router(file, fitted.arrays)
         record, data = fitted.record(_file_record(file)), file.read_bytes()
-    new = old.model_copy(update={"router": record, "experts": sources})
-    return replace_files(folder, new, {ROUTER: data, **_card(folder, record)}), fitted.notices
+    return replace_files(folder, with_router(manifest, record), {ROUTER: data, **_card(folder, record)})
 
 
 def _with_prompts(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> tuple[SourceRecord, ...]:
@@ -164,7 +203,6 @@ def route_texts(folder: Path, texts: Sequence[str]) -> tuple[RouterRecord, Routi
     if router is None:
         hint = "fit one with `mediator fit-router`"
         raise BundleError(Problem(str(folder), "the bundle has no router", hint))
-    tokenizer = load_tokenizer(folder)
-    features = folder_reader(folder, tokenizer, FeatureSpec(router.record.features, router.record.layer))
-    encode = prompt_reader(tokenizer).encode
-    return router.record, router.route(features.read([encode(text) for text in texts]))
+    tokenizer, spec = load_tokenizer(folder), spec_of(router.record)
+    features, reader = folder_reader(folder, tokenizer, spec), prompt_reader(tokenizer)
+    return router.record, router.route(features.read([text_ids(reader, spec, text) for text in texts]))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mediator_cli.recipe.load import LoadedRecipe
 
 _SENSES = ("vision_config", "audio_config")
+_BESIDE_BLOCKS = ("*.self_attn.*", "*norm.weight", "*.embed_tokens.weight", "lm_head.weight")
+"""All but the feed-forward blocks of the models that become a Mixture of Experts."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Kept:
 
 def find_kept(loaded: LoadedRecipe, base: Checkpoint) -> Kept:
     """Find the tensors that are not merged: by the recipe's globs, else all outside the language part."""
-    patterns = loaded.recipe.keep_base
+    patterns = kept_patterns(loaded)
     if patterns is not None:
         return Kept(frozenset(name for name in base.tensors if any(fnmatchcase(name, glob) for glob in patterns)))
     language = language_part(base)
@@ -38,6 +40,17 @@ def find_kept(loaded: LoadedRecipe, base: Checkpoint) -> Kept:
     names = [name for name in base.tensors if name not in language]
     notice = f"{len(names)} tensors outside the language part are the base's: {some_names(names)}"
     return Kept(frozenset(names), (f"{notice}; `keep_base: []` merges them too",) if names else ())
+
+
+def kept_patterns(loaded: LoadedRecipe) -> tuple[str, ...] | None:
+    """Give the globs of tensors that are the base's; None where the recipe says nothing.
+
+    Where a mixture copies from the base all that is no expert, experts may have it otherwise, or lack it.
+    """
+    recipe = loaded.recipe
+    if recipe.kind == "moe" and recipe.mixture.shared_from == "base":
+        return (*(recipe.keep_base or ()), *_BESIDE_BLOCKS)
+    return recipe.keep_base
 
 
 def check_kept(loaded: LoadedRecipe, names: set[str]) -> Iterator[Problem]:

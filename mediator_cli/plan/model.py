@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.vocabulary import Vocabulary
     from mediator_cli.methods.method import ResolvedMethod
     from mediator_cli.methods.statistics import Role
-    from mediator_cli.plan.moe.model import MoePlan
+    from mediator_cli.plan.mixture import MoePlan
     from mediator_cli.plan.units import AlignPlan
     from mediator_cli.recipe.extract import ValueCodec
     from mediator_cli.recipe.load import LoadedRecipe

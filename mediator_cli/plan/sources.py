@@ -10,6 +10,7 @@ from mediator_cli.checkpoint.layout import missing_layers
 from mediator_cli.checkpoint.source import Checkpoint, find_location, is_adapter, open_checkpoint
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.plan.fit import Fit, fit_expert, own_tensors
+from mediator_cli.plan.keep import kept_patterns
 from mediator_cli.plan.model import ExpertSource
 from mediator_cli.plan.slices import fitting_base
 
@@ -53,7 +54,7 @@ def open_experts(
         fit = Fit()
         if not isinstance(source, Adapter):
             like = fitting_base(loaded, base, source)
-            fit = fit_expert(place, spec.name, like, source, kept.names, loaded.recipe.keep_base or ())
+            fit = fit_expert(place, spec.name, like, source, kept.names, kept_patterns(loaded) or ())
         problems += fit.problems
         experts.append(ExpertSource(spec.name, spec.weight, source, prompts, fit.layout, fit.notices))
     return experts, problems

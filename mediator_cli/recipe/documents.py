@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.recipe.text import Document
 
-_NO_MODELS = ("merge_method", "dtype", "out_dtype", "chat_template", "name", "parameters")
+_NO_MODELS = (
+    "merge_method", "dtype", "out_dtype", "chat_template", "name", "parameters", "gate_mode", "architecture",
+    "positive_prompts", "negative_prompts",
+)  # fmt: skip
 """Fields that name no model."""
 
 

@@ -35,7 +35,8 @@ class HeterogeneousExpert(Strict):
     name: ExpertName
     model: Annotated[str, Field(min_length=1, description="A checkpoint: a folder, or org/name[@revision].")]
     prompts: Annotated[
-        str | None, Field(description="JSON lines with a `prompt` each, of this expert's task; the router starts there.")
+        str | None,
+        Field(description="JSON lines with a `prompt` each, of this expert's task; the router starts there."),
     ] = None
 
 
@@ -195,7 +196,15 @@ def load_heterogeneous(path: Path, changes: Sequence[str] = ()) -> LoadedHeterog
 def _told(path: Path, lines: dict[FieldPath, int], error: ValidationError) -> tuple[Problem, ...]:
     faults = error.errors(include_url=False)
     base = [item for item in faults if tuple(item["loc"]) == ("base",)]
-    found = form_problems(path, lines, [item for item in faults if item not in base], HeterogeneousRecipe)
+    # An item that does not validate is left out, and then its list seems too short: say only what is wrong inside.
+    told = [item for item in faults if item not in base and (item["type"] != "too_short" or not item["input"])]
+    found = form_problems(path, lines, told, HeterogeneousRecipe, "heterogeneous")
     message = "experts of different architectures have no base in common"
     hint = "list it among the experts if it is to be one"
-    return (*found, *(Problem(place_of(path, lines, ("base",)), message, hint) for _ in base))
+    return (*(Problem(place_of(path, lines, ("base",)), message, hint) for _ in base), *found)
+
+
+def heterogeneous_schema() -> dict[str, Any]:
+    """Give the JSON schema of a recipe of this kind, for editors."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recipe of kind heterogeneous_moe"}
+    return {**head, **HeterogeneousRecipe.model_json_schema()}

@@ -193,9 +193,13 @@ def form_problems(
     lines: dict[FieldPath, int],
     faults: Sequence[Any],
     schema: type[BaseModel],
+    name: str = "recipe",
 ) -> tuple[Problem, ...]:
-    """Tell faults, as pydantic gives them for a schema, each with its place, ordered by line."""
-    found = [_problem(path, lines, item, schema) for item in faults]
+    """Tell faults, as pydantic gives them for a schema, each with its place, ordered by line.
+
+    `name` is what `mediator schema` calls the schema.
+    """
+    found = [_problem(path, lines, item, schema, name) for item in faults]
     return tuple(problem for _, problem in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -204,6 +208,7 @@ def _problem(
     lines: dict[FieldPath, int],
     item: Any,  # noqa: ANN401 - pydantic's dict
     schema: type[BaseModel],
+    name: str,
 ) -> tuple[int, Problem]:
     field: FieldPath = tuple(item["loc"])
     line, place = line_of(lines, field), place_of(path, lines, field)
@@ -217,7 +222,7 @@ def _problem(
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
-    return line, Problem(place, message[0].lower() + message[1:] + shown, "see `mediator schema recipe`")
+    return line, Problem(place, message[0].lower() + message[1:] + shown, f"see `mediator schema {name}`")
 
 
 def _description_at(field: FieldPath, schema: type[BaseModel]) -> str:

@@ -106,14 +106,14 @@ class RouterSpec(Strict):
     ] = None
     temperature: Annotated[
         Finite | None,
-        Field(gt=0, description="Divides the scores without classifier. Default: 1 for perplexity, 0.001 for gradient."),
+        Field(gt=0, description="Divides the scores, without classifier. Default: perplexity 1, gradient 0.001."),
     ] = None
     classifier: Annotated[
         Literal["logistic", "gaussian", "prototype", "ridge", "none"],
         Field(
             description="logistic: logistic regression. gaussian: linear discriminant with a shrunk covariance. "
-            "prototype: cosine to each task's mean. ridge: ridge regression in closed form. none: softmax of the scores "
-            "themselves, for perplexity and gradient, where it is the default."
+            "prototype: cosine to each task's mean. ridge: ridge regression in closed form. none: softmax of what the "
+            "experts say; for perplexity and gradient, where it is the default."
         ),
     ] = "logistic"
     calibrate: Annotated[

@@ -41,6 +41,12 @@ class Deltas:
         return tuple(expert if expert in sparse and self.name in sparse[expert].tensors else None for expert in experts)
 
     @property
+    def changers(self) -> tuple[bool, ...]:
+        """Tell which experts change the tensor at all: one may be listed and keep no entry of it."""
+        specs = (None if name is None else self.bundle.experts[name].tensors[self.name] for name in self.keepers)
+        return tuple(spec is not None and bool(spec.is_gated or spec.n_kept or spec.n_overrides) for spec in specs)
+
+    @property
     def is_gated(self) -> bool:
         """Whether experts keep all entries of the tensor and not a list of them.
 

@@ -13,6 +13,7 @@ from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.checkpoint.read import open_files, read_slab
 from mediator_cli.errors import BundleError, Problem, first_line
 from mediator_cli.runtime.features import FeatureReader, FeatureSpec, embedding_means, model_reader, text_reader
+from mediator_cli.runtime.prompts import prompt_reader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,11 +26,17 @@ if TYPE_CHECKING:
 def folder_reader(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: FeatureSpec) -> FeatureReader:
     """Make a reader over the dense expert in a folder.
 
-    `text` reads nothing of it, `embedding_mean` the rows of the tokens that occur, `hidden_mean` loads the model.
+    `text` reads nothing of it, `embedding_mean` the rows of the tokens that occur, `hidden_mean` loads the model;
+    where the experts are asked, the whole bundle is opened.
     Raises BundleError when the dense expert does not load.
     """
     if spec.kind == "text":
         return text_reader(tokenizer)
+    if spec.asks:
+        from mediator_cli.runtime.ask import asking_reader
+        from mediator_cli.runtime.open import open_bundle
+
+        return asking_reader(open_bundle(folder), prompt_reader(tokenizer), spec)
     table = _embeddings(folder) if spec.kind == "embedding_mean" else None
     if table is not None:
         rows = partial(read_rows, table)

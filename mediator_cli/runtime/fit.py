@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Literal
@@ -34,15 +34,20 @@ _DOUBTFUL = 0.8
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a router is fitted; `held_out` is the share of each expert's prompts that calibrate and measure it."""
+    """How a router is fitted; `held_out` is the share of each expert's prompts that calibrate and measure it.
+
+    `form` and `temperature` are for classifier `none`, which asks the experts and fits nothing (`unfitted.py`).
+    """
 
     features: FeatureSpec = field(default_factory=lambda: FeatureSpec("embedding_mean"))
-    classifier: Kind = "logistic"
+    classifier: Kind | Literal["none"] = "logistic"
     calibrate: Literal["temperature", "none"] = "temperature"
     held_out: float = 0.2
     max_prompts: int = 1000
     outside_quantile: float = 0.99
     policy: PolicyRecord = field(default_factory=PolicyRecord)
+    form: Literal["inverse", "posterior"] | None = None
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,20 @@ class FittedRouter:
     experts: tuple[str, ...]
     size: int
     temperature: float
-    outside_above: float
-    report: RouterReport
+    outside_above: float | None
+    report: RouterReport | None
     arrays: dict[str, NDArray[np.generic]]
     notices: tuple[str, ...]
 
-    def record(self, file: FileRecord) -> RouterRecord:
-        """Make the manifest's record, once the arrays are in a file."""
+    def record(self, file: FileRecord | None) -> RouterRecord:
+        """Make the manifest's record, once the arrays are in a file; None where there are none."""
+        spec = self.settings.features
         return RouterRecord(
-            features=self.settings.features.kind,
-            layer=self.settings.features.layer,
+            features=spec.kind,
+            layer=spec.layer,
+            reads=spec.reads,
+            first_token=spec.first_token,
+            form=self.settings.form,
             classifier=self.settings.classifier,
             experts=self.experts,
             size=self.size,
@@ -84,17 +93,17 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Features [rows, features] and the number of the expert of each row [rows]."""
 
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
 
-    def halves(self) -> tuple[_Rows, _Rows]:
+    def halves(self) -> tuple[Rows, Rows]:
         """Share rows between two halves, each expert's in turn; rows of an expert stand together."""
         first = np.searchsorted(self.labels, self.labels)
         is_second = (np.arange(len(self.labels)) - first) % 2 == 1
-        one, other = (_Rows(self.features[part], self.labels[part]) for part in (~is_second, is_second))
+        one, other = (Rows(self.features[part], self.labels[part]) for part in (~is_second, is_second))
         return one, other
 
 
@@ -159,6 +168,40 @@ def fit_router(
 
     Raises BundleError as `choose_prompts` does, and when too few prompts are short enough for the features.
     """
+    if settings.classifier == "none":
+        raise ValueError("classifier none fits nothing")
+    chosen = choose_usable(reader, encode, prompts, settings)
+    fitted, held_out = (read_rows(reader, encode, part) for part in (chosen.fitted, chosen.held_out))
+    if reader.spec.asks:
+        # The last column counts tokens, and how long a prompt is should not decide.
+        fitted, held_out = (Rows(rows.features[:, :-1], rows.labels) for rows in (fitted, held_out))
+    classifier, sums = _fit(fitted, settings, len(prompts))
+    calibration, test = held_out.halves()
+    temperature = 1.0
+    if settings.calibrate == "temperature":
+        temperature = fit_temperature(logits(classifier, calibration.features), calibration.labels)
+    probabilities = softmax(logits(classifier, test.features), temperature)
+    report = report_of(probabilities, test.labels, len(fitted.labels))
+    outside = fit_outside(fitted.features, fitted.labels, len(prompts))
+    return FittedRouter(
+        settings=settings,
+        experts=tuple(prompts),
+        size=fitted.features.shape[1],
+        temperature=temperature,
+        outside_above=float(np.quantile(outside_score(outside, held_out.features), settings.outside_quantile)),
+        report=report,
+        arrays=router_arrays(classifier, outside, sums),
+        notices=(*chosen.notices, *doubts(report)),
+    )
+
+
+def choose_usable(
+    reader: FeatureReader,
+    encode: Callable[[str], list[int]],
+    prompts: Mapping[str, Sequence[str]],
+    settings: FitSettings,
+) -> Chosen:
+    """Choose prompts as `choose_prompts` does, those alone that the features can be read of."""
     unfit: set[str] = set()
 
     def fits(text: str) -> bool:
@@ -169,53 +212,40 @@ def fit_router(
         return False
 
     chosen = choose_prompts(prompts, settings, fits)
-    fitted, held_out = (_rows(reader, encode, part) for part in (chosen.fitted, chosen.held_out))
-    classifier, sums = _fit(fitted, settings, len(prompts))
-    calibration, test = held_out.halves()
-    temperature = 1.0
-    if settings.calibrate == "temperature":
-        temperature = fit_temperature(logits(classifier, calibration.features), calibration.labels)
-    report = _measure(classifier, temperature, test, len(fitted.labels), len(prompts))
-    outside = fit_outside(fitted.features, fitted.labels, len(prompts))
-    return FittedRouter(
-        settings=settings,
-        experts=tuple(prompts),
-        size=fitted.features.shape[1],
-        temperature=temperature,
-        outside_above=float(np.quantile(outside_score(outside, held_out.features), settings.outside_quantile)),
-        report=report,
-        arrays=router_arrays(classifier, outside, sums),
-        notices=(*chosen.notices, *_notices(len(unfit), reader.limit, report)),
-    )
+    if not unfit:
+        return chosen
+    more = f" or of more than {reader.limit}" if reader.limit else ""
+    return replace(chosen, notices=(*chosen.notices, f"{len(unfit)} prompts without tokens{more} are left out"))
 
 
-def _rows(reader: FeatureReader, encode: Callable[[str], list[int]], texts: Mapping[str, Sequence[str]]) -> _Rows:
+def read_rows(reader: FeatureReader, encode: Callable[[str], list[int]], texts: Mapping[str, Sequence[str]]) -> Rows:
+    """Read the features of texts by expert."""
     features = reader.read([encode(text) for group in texts.values() for text in group])
-    return _Rows(features, np.repeat(np.arange(len(texts)), [len(group) for group in texts.values()]))
+    return Rows(features, np.repeat(np.arange(len(texts)), [len(group) for group in texts.values()]))
 
 
-def _fit(rows: _Rows, settings: FitSettings, n_experts: int) -> tuple[Classifier, RidgeSums | None]:
-    if settings.classifier != "ridge":
+def _fit(rows: Rows, settings: FitSettings, n_experts: int) -> tuple[Classifier, RidgeSums | None]:
+    if settings.classifier != "ridge" and settings.classifier != "none":
         return fit_classifier(settings.classifier, rows.features, rows.labels, n_experts), None
     sums = ridge_sums(rows.features, rows.labels, n_experts)
     return solve_ridge(sums), sums
 
 
-def _measure(classifier: Classifier, temperature: float, rows: _Rows, n_fitted: int, n_experts: int) -> RouterReport:
-    probabilities = softmax(logits(classifier, rows.features), temperature)
+def report_of(probabilities: NDArray[np.float64], labels: NDArray[np.int64], n_fitted: int) -> RouterReport:
+    """Measure probabilities [rows, experts] of prompts that the fit has not seen against the right experts [rows]."""
     chosen = probabilities.argmax(axis=1)
+    counts = confusion(labels, chosen, probabilities.shape[1])
     return RouterReport(
         n_fitted=n_fitted,
-        n_held_out=len(rows.labels),
-        accuracy=float((chosen == rows.labels).mean()),
-        log_loss=log_loss(probabilities, rows.labels),
-        calibration_error=calibration_error(probabilities, rows.labels),
-        confusion=tuple(tuple(int(n) for n in row) for row in confusion(rows.labels, chosen, n_experts)),
+        n_held_out=len(labels),
+        accuracy=float((chosen == labels).mean()),
+        log_loss=log_loss(probabilities, labels),
+        calibration_error=calibration_error(probabilities, labels),
+        confusion=tuple(tuple(int(n) for n in row) for row in counts),
     )
 
 
-def _notices(n_unfit: int, limit: int | None, report: RouterReport) -> Iterator[str]:
-    if n_unfit:
-        yield f"{n_unfit} prompts without tokens" + (f" or of more than {limit}" if limit else "") + " are left out"
+def doubts(report: RouterReport) -> Iterator[str]:
+    """Warn of a router that is often wrong."""
     if report.accuracy < _DOUBTFUL:
         yield f"the router is right on only {report.accuracy:.0%} of {report.n_held_out} held-out prompts"

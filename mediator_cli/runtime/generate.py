@@ -44,12 +44,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said so far, the mixture that answered last, and the keys and values of the tokens `seen`."""
+    """What was said so far, the mixture that answered last and how, and the keys and values of the tokens `seen`."""
 
     messages: tuple[Message, ...] = ()
     weights: torch.Tensor | None = None
     seen: tuple[int, ...] = ()
     cache: Cache | None = None
+    combine: str = "parameters"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def reply(
     check_length(model, ids)
     weights, routing = _decide(model, ids, mixture)
     same = conversation.weights is not None and torch.equal(conversation.weights, weights)
+    same = same and conversation.combine == model.combine
     cache = _usable(conversation, ids) if same else None
     torch.manual_seed(sampling.seed)
     given = torch.tensor([ids], device=model.device)
@@ -139,7 +141,8 @@ def reply(
     tokens = output.sequences[0].tolist()
     said = str(tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True))
     after = (*messages, {"role": "assistant", "content": said})
-    return Turn(said, Conversation(after, weights, tuple(tokens[:-1]), output.past_key_values), routing)
+    kept = Conversation(after, weights, tuple(tokens[:-1]), output.past_key_values, model.combine)
+    return Turn(said, kept, routing)
 
 
 def _decide(model: RoutedModel, ids: list[int], mixture: Wanted | None) -> tuple[torch.Tensor, Routing | None]:

@@ -97,6 +97,11 @@ class MixtureCache:
     waited: dict[Mixture, int] = field(default_factory=dict)
     count: Callable[[Mixture], int] | None = None
 
+    @property
+    def room(self) -> int:
+        """Count the mixtures that fit, whatever they change."""
+        return self.budget // self.entry_bytes if self.entry_bytes else 0
+
     def size(self, mixture: Mixture) -> int:
         """Count the bytes that a mixture's matrices take."""
         return self.count(mixture) if self.count is not None else self.entry_bytes

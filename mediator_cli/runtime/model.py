@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mediator_cli.errors import BundleError, Problem
-from mediator_cli.runtime.combine import expand, find_members, join_hidden, join_logits
+from mediator_cli.runtime.combine import Combine, expand, find_members, join_hidden, join_logits
 from mediator_cli.runtime.mixing import as_weights, divide, spread
 from mediator_cli.runtime.routing import route_prompts
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mediator_cli.bundle.manifest import Manifest
-    from mediator_cli.runtime.combine import Combine, Members
+    from mediator_cli.runtime.combine import Members
     from mediator_cli.runtime.mixing import Division, MixtureCache, Wanted
     from mediator_cli.runtime.modules import Mixer
     from mediator_cli.runtime.prompts import PromptReader

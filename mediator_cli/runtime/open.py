@@ -165,7 +165,7 @@ def _cache(dense: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], bu
     # A matrix that a mixture leaves as it is needs no copy.
     def changed(mixture: Mixture) -> Iterator[str]:
         used = [at for at, weight in enumerate(mixture) if weight]
-        return (name for name in matrices if any(keepers[name][at] for at in used))
+        return (name for name in matrices if any(changers[name][at] for at in used))
 
     def build(mixture: Mixture) -> Matrices:
         return {name: matrices[name].deltas.mix(dense[name], mixture) for name in changed(mixture)}
@@ -173,5 +173,5 @@ def _cache(dense: Mapping[str, torch.Tensor], matrices: Mapping[str, Matrix], bu
     def count(mixture: Mixture) -> int:
         return sum(dense[name].nbytes for name in changed(mixture))
 
-    keepers = {name: matrix.deltas.keepers for name, matrix in matrices.items()}
+    changers = {name: matrix.deltas.changers for name, matrix in matrices.items()}
     return MixtureCache(budget, sum(dense[name].nbytes for name in matrices), build, count=count)

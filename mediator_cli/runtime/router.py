@@ -120,9 +120,7 @@ class Router:
         )
 
 
-def scores_of(
-    record: RouterRecord, values: NDArray[np.floating], lengths: NDArray[np.floating] | None
-) -> Floats:
+def scores_of(record: RouterRecord, values: NDArray[np.floating], lengths: NDArray[np.floating] | None) -> Floats:
     """Give the scores [rows, experts] of which softmax makes probabilities, where no classifier is fitted.
 
     For perplexity 1 / PPL (form inverse) or ln p of the whole prompt, -t · ln PPL (form posterior); else the cosines.

@@ -18,9 +18,9 @@ from mediator_cli.compare.variants import Variant, policies, references, routed,
 from mediator_cli.errors import CheckpointError, MediatorError
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.evaluate.tasks import Task
-from mediator_cli.evaluate.tokens import prompt_tokens
 from mediator_cli.runtime.open import load_dense, open_bundle
 from mediator_cli.runtime.policy import mix
+from mediator_cli.runtime.tokens import prompt_tokens
 
 TASKS = (Task("a", tuple(make_rows(4, 1))), Task("b", tuple(make_rows(4, 2))))
 VARIANTS = [*references(["a", "b"], crossed=True), *static_merges({"plain": ()}), *routed(), *policies(2)]

@@ -24,7 +24,7 @@ def test_the_recipe_takes_every_change_and_all_names_differ(shop, rule):
     plan = plan_of(shop, assign=rule)
     found = controls(plan, SCORES | {"model.norm": 0.0, "model.embed_tokens": 0.9}, 2)
     wanted = {"reference": 2, "static": 6, "mediator": 3, "assignment": 5, "density": 6, "values": 3}
-    assert Counter(v.group for v in found) == wanted | {"dense expert": 2, "policy": 5}
+    assert Counter(v.group for v in found) == wanted | {"dense expert": 2, "policy": 5, "combination": 4}
     assert len({v.name for v in found}) == len(found)
     assert {v.group for v in found} - {"reference"} == set(GROUPS)
     for variant in found:

@@ -8,8 +8,8 @@ from tiny_bundles import make_rows, routed, write_rows
 from tiny_tokens import word_tokenizer
 
 from mediator_cli.errors import CheckpointError
-from mediator_cli.evaluate.tokens import prompt_tokens
 from mediator_cli.runtime.open import load_dense, open_bundle
+from mediator_cli.runtime.tokens import prompt_tokens
 
 pytest.importorskip("lm_eval")
 

@@ -7,8 +7,8 @@ from tiny_tokens import word_tokenizer
 
 from mediator_cli.errors import BundleError
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
-from mediator_cli.evaluate.tokens import prompt_tokens
 from mediator_cli.runtime.open import open_bundle
+from mediator_cli.runtime.tokens import prompt_tokens
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from tiny_models import N_WORDS, make_model, make_tokenizer
 from mediator_cli.errors import BundleError, CheckpointError
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.evaluate.tasks import Row
-from mediator_cli.evaluate.tokens import answer_tokens, end_tokens, prompt_tokens
+from mediator_cli.runtime.tokens import answer_tokens, end_tokens, prompt_tokens
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mediator_cli import make_plan, merge
 from mediator_cli.errors import MediatorError
-from mediator_cli.recipe.mergekit.models import _names
+from mediator_cli.recipe.mergekit.models import names_of
 
 TIES = """\
 merge_method: ties
@@ -378,7 +378,7 @@ def test_what_has_no_counterpart_is_refused_by_name_and_line(workshop, load, row
     ],
 )
 def test_experts_are_named_after_their_paths(paths, names):
-    assert _names(paths) == names
+    assert names_of(paths) == names
 
 
 def test_the_command_line_merges_a_configuration(workshop, mediator):

@@ -9,8 +9,8 @@ from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.layout import layers_of, unit_of
 from mediator_cli.checkpoint.moe_layout import FORMATS, PROJECTIONS
 from mediator_cli.errors import CheckpointError, Problem, did_you_mean
+from mediator_cli.plan.mixture import BASE, NO_PROMPTS, ExpertTexts
 from mediator_cli.plan.moe.formats import OUTSIDE, TAKEN, complete, default_format, formats_for
-from mediator_cli.plan.moe.model import BASE, NO_PROMPTS, ExpertTexts
 from mediator_cli.plan.prompts import read_prompts
 from mediator_cli.recipe.moe import AVERAGE
 
@@ -106,10 +106,10 @@ def _check_prompts(loaded: LoadedRecipe, names: Sequence[str]) -> Iterator[Probl
         message += ", ".join(without)
         hint = f"add `prompts` to the experts, or write `gates: {{method: {NO_PROMPTS[0]}}}`"
         yield Problem(loaded.place("moe", "gates", "method"), message, hint)
-    seen: dict[tuple[str, ...], str] = {}
+    seen: dict[tuple[frozenset[str], ...], str] = {}
     for name in names:
-        own = texts[name].positive
-        if own and own in seen and spec.experts_per_token < len(names):
+        own = (frozenset(texts[name].positive), frozenset(texts[name].negative))
+        if texts[name].positive and own in seen:
             message = f"experts {seen[own]} and {name} have the same prompts, so gates cannot tell them apart"
             yield Problem(loaded.place("experts"), message, "give each prompts of its own task")
         seen.setdefault(own, name)

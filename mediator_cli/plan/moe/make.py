@@ -11,6 +11,7 @@ from mediator_cli.checkpoint.spans import Part, Span
 from mediator_cli.checkpoint.write import NewTensor
 from mediator_cli.methods.method import ResolvedMethod
 from mediator_cli.methods.registry import resolve_method
+from mediator_cli.plan.mixture import BASE, MoePlan
 from mediator_cli.plan.moe.check import (
     block_tensor,
     certain_layers,
@@ -19,7 +20,6 @@ from mediator_cli.plan.moe.check import (
     read_texts,
 )
 from mediator_cli.plan.moe.formats import SHARED_WIDTH, TAKEN, moe_config
-from mediator_cli.plan.moe.model import BASE, MoePlan
 from mediator_cli.recipe.moe import AVERAGE, MoeExpertSpec
 from mediator_cli.recipe.schema import AssignSpec
 

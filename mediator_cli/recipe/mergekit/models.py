@@ -103,16 +103,16 @@ def name_experts(source: Source, parts: Sequence[Part]) -> Names:
                 found.setdefault(each.model, each.at)
     # `base+adapter` is the adapter: here its base is that of the recipe.
     paths = [model.split("+", 1)[-1] for model in found]
-    names = _names(paths)
+    names = names_of(paths)
     experts = [{"name": name, "model": path} for name, path in zip(names, paths, strict=True)]
     known = dict(zip(found, names, strict=True))
     return Names(base, experts, tuple(found.values()), {base: "base", **known} if is_sliced else known)
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def names_of(paths: Sequence[str]) -> list[str]:
     """Name experts after the last part of their paths.
 
-    >>> _names(["org/My.Model@v1", "./a", "b/a"])
+    >>> names_of(["org/My.Model@v1", "./a", "b/a"])
     ['My-Model', 'a', 'a-2']
     """
     last = (path.rstrip("/").rsplit("/", 1)[-1].split("@")[0] for path in paths)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.errors import RecipeError, did_you_mean
+from mediator_cli.recipe.mergekit.dtypes import write_dtype
 from mediator_cli.recipe.mergekit.forms import read_parts, reference_of
 from mediator_cli.recipe.mergekit.methods import COUNTERPARTS, IGNORED, KNOWN
 from mediator_cli.recipe.mergekit.models import check_roles, name_experts, with_base
+from mediator_cli.recipe.mergekit.moe import from_mixture, is_mixture
 from mediator_cli.recipe.mergekit.parameters import check_parameters, tell_misplaced, write_part
 from mediator_cli.recipe.mergekit.source import Draft, Source
 from mediator_cli.recipe.mergekit.tokens import write_tokens
@@ -28,12 +30,11 @@ _KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name", "random_seed",
 )  # fmt: skip
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def is_mergekit(data: Mapping[str, Any]) -> bool:
-    """Whether a YAML file is a mergekit configuration."""
-    return "merge_method" in data and "version" not in data
+    """Whether a YAML file is a configuration of mergekit, or of mergekit-moe."""
+    return "version" not in data and ("merge_method" in data or is_mixture(data))
 
 
 def from_mergekit(
@@ -45,6 +46,8 @@ def from_mergekit(
     RecipeError with all that has no counterpart.
     """
     source = Source(data, lines, place)
+    if is_mixture(data):
+        return from_mixture(source)
     problems = list(_check_keys(source))
     parts, faults = read_parts(source)
     problems += faults
@@ -80,7 +83,7 @@ def _write(draft: Draft, parts: list[Part]) -> Iterator[Problem]:
     if draft.source.data.get("random_seed") is not None:
         draft.data["seed"] = draft.source.data["random_seed"]
         draft.copy_lines(("random_seed",), ("seed",))
-    yield from _write_dtype(draft)
+    yield from write_dtype(draft, "out_dtype", "dtype")
     yield from write_tokens(draft, names)
 
 
@@ -89,23 +92,6 @@ def _copy_places(draft: Draft, parts: list[Part], names: Names) -> None:
     draft.copy_lines(("base_model",) if draft.source.data.get("base_model") else (*first, "model"), ("base",))
     for at, place in enumerate(names.places):
         draft.copy_lines(place, ("experts", at))
-
-
-def _write_dtype(draft: Draft) -> Iterator[Problem]:
-    """Write the dtype of the output; all arithmetic is in float32 whatever `dtype` says."""
-    data = draft.source.data
-    key = next((key for key in ("out_dtype", "dtype") if data.get(key) is not None), None)
-    if key is None:
-        return
-    wanted = str(data[key]).removeprefix("torch.")
-    if wanted == "float64":
-        draft.notice((key,), "all arithmetic is in float32, and so is what is written, not in float64")
-        wanted = "float32"
-    if wanted == "int64":
-        yield draft.source.problem((key,), "weights are not written as int64", f"one of {', '.join(_DTYPES)}")
-        return
-    draft.data["output"] = {"dtype": wanted}
-    draft.copy_lines((key,), ("output", "dtype"))
 
 
 def name_of(data: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,1 @@
+"""Mixtures of Experts that stock software serves: gates, training, compression."""

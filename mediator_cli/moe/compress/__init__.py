@@ -1,0 +1,1 @@
+"""Fewer experts in a Mixture of Experts: some dropped, or some merged into one."""

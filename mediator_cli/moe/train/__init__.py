@@ -1,0 +1,1 @@
+"""Short fine-tuning of a Mixture of Experts: gates, gates and attention, or all."""

@@ -1,0 +1,64 @@
+"""Put results.json into the README beside this file: python -m scripts.servers.report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.servers.ask import SERVERS
+from scripts.servers.results import read_results
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- begin tables -->", "<!-- end tables -->"
+TITLES = {
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "granitemoeshared": "GraniteMoeShared",
+    "ernie4_5_moe": "Ernie 4.5 MoE",
+}
+SAID = {
+    "parameter named": "has no such tensor names",
+    "Can not map tensor": "the converter knows no such tensor names",
+    "not supported": "not supported",
+}
+"""Words of an error, and what it means."""
+
+
+def main() -> None:
+    """Write the tables."""
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), read_results()), encoding="utf-8")
+
+
+def with_tables(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Put the tables between their marks."""
+    head, _, rest = text.partition(BEGIN)
+    tables = "\n\n".join(f"### {title}\n\n{table(_of(kind, results))}" for kind, title in TITLES.items())
+    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+
+
+def _of(kind: str, results: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [result for result in results.values() if result["format"] == kind]
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Lay the results of one format out."""
+    rows = [f"| {result['feature']} | {' | '.join(cell(result[name]) for name in SERVERS)} |" for result in results]
+    return "\n".join(["| the model has | vLLM | llama.cpp |", "|---|---|---|", *rows])
+
+
+def cell(reading: Mapping[str, Any]) -> str:
+    """Say how a server reads a model, in a few words.
+
+    >>> cell({"status": "right", "apart": 1e-5}), cell({"status": "wrong", "apart": 0.93, "equal": 0.25})
+    ('right', '**wrong**: 25% of the answers equal')
+    """
+    if reading["status"] == "right":
+        return "right"
+    if reading["status"] == "wrong":
+        return f"**wrong**: {reading['equal']:.0%} of the answers equal"
+    why = next((meaning for words, meaning in SAID.items() if words in reading["why"]), reading["why"][:80])
+    return f"refused: {why}"
+
+
+if __name__ == "__main__":
+    main()
