@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mediator_cli.pipeline.estimate import describe_plan
-from mediator_cli.pipeline.mixture import parameters
-from mediator_cli.pipeline.mixture_plan import widest_mixture
+from mediator_cli.pipeline.moe import parameters
+from mediator_cli.pipeline.moe_report import widest_moe
 from mediator_cli.pipeline.settings import Settings
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
@@ -144,14 +144,14 @@ def needs_line(recipe: Path, folder: Path) -> str:
     changes += [f"experts.{n}.model={_hollow(folder, expert.model)}" for n, expert in enumerate(asked.experts)]
     # Hollow checkpoints have no tokenizer to take, and all sources have the same rows.
     plan = make_plan(load_recipe(recipe, [*changes, "tokenizer=base"]))
-    costs = describe_plan(widest_mixture(plan) if plan.moe else plan, folder / "bundle", RUN)
+    costs = describe_plan(widest_moe(plan) if plan.moe else plan, folder / "bundle", RUN)
     sources = (plan.base.tensors, *(expert.tensors for expert in plan.experts))
     down = sum(info.n_bytes for tensors in sources for info in tensors.values())
     least, most = costs.sparse_bytes
     sparse = human_bytes(most) if least == most else f"at most {human_bytes(most)}"
     parts = f"{human_bytes(costs.dense_bytes)} dense" + (f" + {sparse} sparse experts" if most else "")
     if plan.moe is not None:
-        total, active = (f"{n / 1e9:.1f}B" for n in parameters(widest_mixture(plan)))
+        total, active = (f"{n / 1e9:.1f}B" for n in parameters(widest_moe(plan)))
         parts = f"{total} parameters, {active} active"
     return (
         f"# Needs:   {human_bytes(down)} to download, {human_bytes(costs.dense_bytes + most)} of disk"

@@ -37,6 +37,14 @@ def test_other_answers_are_wrong_and_the_first_difference_is_named():
     assert (found.status, found.apart, found.equal, found.first, found.lead) == ("wrong", 0.5, 0.5, 1, 0.1)
 
 
+def test_answers_are_compared_up_to_their_end():
+    reference = Reference([[1, 2, 7], [2, 5, 6]], [[-1.0] * 3] * 2, [[0.5] * 3] * 2, ends=(2,))
+    same = {"tokens": [[1], [2, 9, 9]], "logprobs": reference.logprobs}
+    assert compare(reference, same).equal == 1.0
+    longer = compare(reference, {"tokens": [[1, 4], [2]], "logprobs": reference.logprobs})
+    assert (longer.equal, longer.first, longer.lead) == (0.5, 1, 0.5)
+
+
 def test_what_a_server_does_is_said_in_a_few_words():
     assert cell({"status": "right", "apart": 1e-5, "equal": 1.0}) == "right"
     assert cell({"status": "wrong", "apart": 3.0, "equal": 0.25}) == "**wrong**: 25% of the answers equal"

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.bundle.router_record import RouterRecord
 
 CARD = "README.md"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mediator_cli.bundle.checksum import sha256
-from mediator_cli.bundle.mixture import MixtureRecord
+from mediator_cli.bundle.moe import MoeRecord
 from mediator_cli.bundle.record import FileRecord, Record, SourceFile, WeightFile
+from mediator_cli.bundle.router_record import RouterRecord, drop_late_fields, is_late
 from mediator_cli.checkpoint.header import check_plain_name, read_json
 from mediator_cli.errors import BundleError, CheckpointError, Problem
 
@@ -21,10 +22,10 @@ MANIFEST = "routing_manifest.json"
 CONFLICTS = "conflicts.json"
 EXPERTS_FOLDER = "experts"
 ROUTER = "router.safetensors"
-SCHEMA_VERSION = 2
-GATED_SCHEMA_VERSION = 3
+SCHEMA_VERSION: Final = 2
+GATED_SCHEMA_VERSION: Final = 3
 """That of a manifest whose bundle stores some tensor in another way than sparsely; see README.md."""
-LATEST_SCHEMA_VERSION = 4
+LATEST_SCHEMA_VERSION: Final = 4
 """That of a manifest of a Mixture of Experts, of experts that are asked, or whose outputs are combined; README.md."""
 
 M = TypeVar("M", bound=BaseModel)
@@ -142,103 +143,6 @@ class Sizes(Record):
     full_models: int
 
 
-class PolicyRecord(Record):
-    """How the router's probabilities become a mixture."""
-
-    rule: Literal["uncertainty", "argmax", "top_k", "posterior", "uniform", "fixed"] = "uncertainty"
-    sure: Annotated[
-        float, Field(ge=0, le=1, description="Normalised entropy up to which the most probable expert answers alone.")
-    ] = 0.1
-    cover: Annotated[float, Field(gt=0, le=1, description="Probability that a mixed set of experts has to cover.")] = (
-        0.9
-    )
-    k: Annotated[int | None, Field(ge=1, description="Number of experts of rule top_k.")] = None
-    weights: Annotated[dict[str, FiniteFloat] | None, Field(description="Weights of rule fixed, by expert.")] = None
-    outside: Annotated[
-        Literal["dense", "ignore"],
-        Field(description="What answers an input unlike all tasks: the dense expert, or whatever the rule says."),
-    ] = "dense"
-    combine: Annotated[
-        Literal["parameters", "probabilities", "logits", "hidden"],
-        Field(description="How several experts answer: mixed into one model, or apart and their outputs averaged."),
-    ] = "parameters"
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Self:
-        missing = {"top_k": ("k", self.k), "fixed": ("weights", self.weights)}.get(self.rule)
-        if missing and missing[1] is None:
-            raise ValueError(f"rule {self.rule} needs {missing[0]}")
-        return self
-
-
-class RouterReport(Record):
-    """How well a router tells prompts apart that it was not fitted on; `confusion` counts true expert by chosen."""
-
-    n_fitted: int
-    n_held_out: int
-    accuracy: float
-    log_loss: float
-    calibration_error: Annotated[float, Field(description="Expected calibration error over 15 bins.")]
-    confusion: tuple[tuple[int, ...], ...]
-
-
-class RouterRecord(Record):
-    """The router: what it reads, how it decides, and its file."""
-
-    features: Literal["embedding_mean", "hidden_mean", "text", "perplexity", "gradient"]
-    layer: Annotated[int | None, Field(ge=1, description="hidden_mean: decoder layers that run before the mean.")] = (
-        None
-    )
-    reads: Annotated[Literal["turn", "prompt"], Field(description="Tokens that perplexity and gradient are of.")] = (
-        "turn"
-    )
-    first_token: Annotated[
-        Literal["skip", "bos"], Field(description="Whether the first of them is predicted, from a token before it.")
-    ] = "skip"
-    form: Annotated[
-        Literal["inverse", "posterior"] | None, Field(description="Scores of perplexity with classifier none.")
-    ] = None
-    classifier: Literal["logistic", "gaussian", "prototype", "ridge", "none"]
-    experts: Annotated[
-        tuple[str, ...], Field(min_length=1, description="Experts in the order of the router's outputs.")
-    ]
-    size: Annotated[int, Field(ge=1, description="Number of features.")]
-    temperature: Annotated[FiniteFloat, Field(gt=0)]
-    outside_above: Annotated[
-        FiniteFloat | None,
-        Field(description="Score above which an input counts as unlike all tasks; null: not known, none does."),
-    ]
-    policy: PolicyRecord
-    report: Annotated[RouterReport | None, Field(description="Null where it was measured on no prompts.")]
-    file: Annotated[FileRecord | None, Field(description="Null with classifier none, which has no arrays.")]
-
-    @property
-    def asks(self) -> bool:
-        """Whether the experts themselves are asked about a prompt."""
-        return self.features in ("perplexity", "gradient")
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        is_fitted = self.classifier != "none"
-        if not is_fitted and not self.asks:
-            raise ValueError(f"features {self.features} need a classifier")
-        if is_fitted and None in (self.outside_above, self.report, self.file):
-            raise ValueError("a fitted router has outside_above, report and file")
-        if not is_fitted and self.file is not None:
-            raise ValueError("classifier none has no file")
-        if (self.form is not None) != (self.features == "perplexity" and not is_fitted):
-            raise ValueError("form goes with perplexity and classifier none")
-        return self
-
-    @model_validator(mode="after")
-    def _names_fit(self) -> Self:
-        if len(set(self.experts)) != len(self.experts):
-            raise ValueError("an expert stands twice")
-        if unknown := set(self.policy.weights or ()) - set(self.experts):
-            raise ValueError(f"the policy weighs {sorted(unknown)[0]!r}, which is no expert of the router")
-        return self
-
-
 class Manifest(Record):
     """The routing manifest of a bundle: version 2, 3 where experts are not stored sparsely, 4 of what came later."""
 
@@ -262,7 +166,7 @@ class Manifest(Record):
     shards: Annotated[tuple[WeightFile, ...], Field(description="The weight files of the dense expert.")]
     tensors: dict[str, TensorRecord]
     router: RouterRecord | None = None
-    moe: Annotated[MixtureRecord | None, Field(description="Of a Mixture of Experts; null for bundles.")] = None
+    moe: Annotated[MoeRecord | None, Field(description="Of a Mixture of Experts; null for bundles.")] = None
     files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
     sizes: Sizes
     digest: Annotated[str, Field(description="SHA-256 over the digests of all tensors; see README.md.")]
@@ -281,11 +185,6 @@ class Manifest(Record):
         if is_late(self.router) and self.schema_version != LATEST_SCHEMA_VERSION:
             raise ValueError(f"experts asked or combined are of version {LATEST_SCHEMA_VERSION}")
         return self
-
-
-def is_late(router: RouterRecord | None) -> bool:
-    """Whether a router says what versions below the latest do not know."""
-    return router is not None and (router.asks or router.policy.combine != "parameters")
 
 
 def with_router(manifest: Manifest, router: RouterRecord | None) -> Manifest:
@@ -318,19 +217,12 @@ def _drop_later_fields(data: dict[str, Any], version: int) -> None:
     """Leave out what a version does not know, so that its readers read it and its bytes stay what they were."""
     if version < LATEST_SCHEMA_VERSION:
         del data["moe"]
-        _drop_from_router(data["router"])
+        drop_late_fields(data["router"])
     if version >= GATED_SCHEMA_VERSION:
         return
     del data["shared"]
     for name in ("mode", "scale", "mask_lambda", "directions") if data["extract"] else ():
         del data["extract"][name]
-
-
-def _drop_from_router(router: dict[str, Any] | None) -> None:
-    if router is not None:
-        del router["policy"]["combine"]
-        for name in ("reads", "first_token", "form"):
-            del router[name]
 
 
 def bundle_digest(

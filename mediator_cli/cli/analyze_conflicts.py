@@ -47,8 +47,8 @@ def analyze_conflicts(
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.conflicts import preview_assignment
-    from mediator_cli.pipeline.survey import analyze_conflicts as measure
     from mediator_cli.pipeline.routable import check_routing
+    from mediator_cli.pipeline.survey import analyze_conflicts as measure
     from mediator_cli.pipeline.survey import sample_conflicts
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_partly

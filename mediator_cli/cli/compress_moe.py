@@ -66,7 +66,9 @@ def compress_moe(
     ] = None,
     router: Annotated[
         Literal["dominant", "mean", "tied"] | None,
-        typer.Option("--router", help="What the gates of merged experts become.", show_default="dominant"),
+        typer.Option(
+            "--router", help="What the gates of merged experts become.", show_default="reap, ream: dominant; else mean"
+        ),
     ] = None,
     align: Annotated[
         bool | None,

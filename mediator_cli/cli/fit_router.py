@@ -13,7 +13,8 @@ from mediator_cli.cli.output import print_json, print_notices, print_table, say
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mediator_cli.bundle.manifest import Manifest, RouterRecord
+    from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.recipe.router import RouterSpec
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mediator_cli.errors import MediatorError
     from mediator_cli.moe.gates.look import GateLook
     from mediator_cli.moe.gates.report import GateFit
-    from mediator_cli.moe.gates.settings import ExpertPrompts, GateSettings
+    from mediator_cli.moe.gates.settings import GateSettings
+    from mediator_cli.plan.moe_plan import ExpertPrompts
 
 
 def gates(
@@ -169,10 +170,10 @@ def _tasks(texts: Iterable[str]) -> dict[str, Path]:
 def _prompt_files(folder: Path, texts: Sequence[str] | None, fit: str | None) -> dict[str, Path]:
     """Find the prompts that gates are made from: as given, else as the manifest notes them."""
     from mediator_cli.cli.fit_router import pairs
-    from mediator_cli.moe.gates.settings import DRAWN
+    from mediator_cli.recipe.moe import NO_PROMPTS
 
     files = {name: Path(file) for name, file in pairs("--prompts", texts or ())}
-    return files if files or fit is None or fit in DRAWN else _noted(folder)
+    return files if files or fit is None or fit in NO_PROMPTS else _noted(folder)
 
 
 def _noted(folder: Path) -> dict[str, Path]:
@@ -206,7 +207,7 @@ def _refit(
     progress: Callable[[str, int, int], None],
 ) -> GateFit:
     from mediator_cli.moe.gates.refit import refit_gates
-    from mediator_cli.moe.gates.settings import ExpertPrompts
+    from mediator_cli.plan.moe_plan import ExpertPrompts
 
     prompts: dict[str, ExpertPrompts] = {name: ExpertPrompts(texts) for name, texts in _read(files).items()}
     return refit_gates(folder, target, prompts, settings, names=names, base=base, progress=progress)

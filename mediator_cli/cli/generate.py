@@ -67,8 +67,9 @@ def _answers(
 ) -> list[dict[str, Any]]:
     from transformers import TextStreamer
 
-    from mediator_cli.runtime.generate import answer, chat_ids, check_length
+    from mediator_cli.runtime.generate import answer, check_length
     from mediator_cli.runtime.mixing import as_weights
+    from mediator_cli.runtime.prompts import chat_ids
 
     prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}], raw=raw) for text in texts]
     for prompt in prompts:

@@ -78,32 +78,42 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def refuse_options(given: Mapping[str, object]) -> None:
-    """Raise OutputError for options of `merge` that mean nothing here."""
-    wrong = [name for name, value in given.items() if value]
-    if wrong:
-        message = "does not go with a recipe of kind heterogeneous_moe"
-        raise OutputError([Problem(name, message, "leave it out") for name in wrong])
-
-
 @dataclass(frozen=True)
 class Output:
-    """Whether a folder that stands there is replaced, and how it is told what was written."""
+    """Whether a folder that stands there is replaced, the Hub is asked, and how it is told what was written."""
 
     overwrite: bool
+    offline: bool
     as_json: bool
     quiet: bool
 
 
-def carry_out(recipe: Path, changes: Sequence[str], output: str | None, how: Output, *, offline: bool) -> None:
-    """Write the model of a recipe, and say what was written."""
+def carried_out(
+    recipe: Path, changes: Sequence[str], output: str | None, how: Output, refused: Mapping[str, object]
+) -> bool:
+    """Write the model of a recipe, if it is of this kind, and say what was written; tell whether it was.
+
+    Raises OutputError for options of `merge` in `refused` that mean nothing here.
+    """
+    from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
+
+    if not is_heterogeneous_recipe(recipe, changes):
+        return False
+    message = "does not go with a recipe of kind heterogeneous_moe"
+    if problems := [Problem(name, message, "leave it out") for name, value in refused.items() if value]:
+        raise OutputError(problems)
+    _carry_out(recipe, changes, output, how)
+    return True
+
+
+def _carry_out(recipe: Path, changes: Sequence[str], output: str | None, how: Output) -> None:
     from mediator_cli.cli.progress import shown_progress
     from mediator_cli.pipeline.heterogeneous.report import describe_heterogeneous
     from mediator_cli.pipeline.heterogeneous.write import merge_heterogeneous
     from mediator_cli.pipeline.settings import Settings
 
     started, told = time.monotonic(), Told(how.quiet)
-    plan = make_plan(recipe, changes, offline=offline)
+    plan = make_plan(recipe, changes, offline=how.offline)
     told.tell(*plan.notices)
     with shown_progress(how.quiet) as progress:
         folder, notices = merge_heterogeneous(plan, output, Settings(overwrite=how.overwrite, progress=progress))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mediator_cli.cli.heterogeneous import Output, carry_out, refuse_options
-from mediator_cli.cli.mixture import print_mixture
+from mediator_cli.cli.heterogeneous import Output, carried_out
+from mediator_cli.cli.moe import print_moe
 from mediator_cli.cli.options import (
     JsonOption,
     MemoryOption,
@@ -25,7 +25,8 @@ from mediator_cli.errors import OutputError, Problem
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.manifest import Manifest, RouterRecord, RouterReport
+    from mediator_cli.bundle.manifest import Manifest
+    from mediator_cli.bundle.router_record import RouterRecord, RouterReport
     from mediator_cli.executors.place import Place
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import Plan
@@ -77,11 +78,11 @@ def merge(
     from mediator_cli.pipeline.documents import load_last
     from mediator_cli.pipeline.download import plan_with_unseen
     from mediator_cli.pipeline.upload import output_url
-    from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
 
-    if is_heterogeneous_recipe(recipe, changes or ()):
-        refuse_options({"--conflicts": conflicts, "--resume": resume, "--executor": executor != "local"})
-        carry_out(recipe, changes or (), output, Output(overwrite, as_json, quiet), offline=offline)
+    if carried_out(
+        recipe, changes or (), output, Output(overwrite, offline, as_json, quiet),
+        {"--conflicts": conflicts, "--resume": resume, "--executor": executor != "local"},
+    ):  # fmt: skip
         return
     _check_executor(executor, address, ray_workers)
     place, patience = _place() if executor == "rank" else (None, 0.0)
@@ -230,9 +231,9 @@ def _print(place: str, manifest: Manifest, seconds: float) -> None:
 
 
 def print_bundle(place: str, manifest: Manifest) -> None:
-    """Print the assignment of every unit, what each expert keeps, and the sizes; of a mixture, its experts."""
+    """Print the assignment of every unit, what each expert keeps, and the sizes; of an MoE, its experts."""
     if manifest.moe is not None:
-        print_mixture(place, manifest, manifest.moe)
+        print_moe(place, manifest, manifest.moe)
         return
     scores = manifest.conflict.scores if manifest.conflict else {}
     rows = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.heterogeneous import show_plan
-from mediator_cli.cli.mixture import mixture_rows
+from mediator_cli.cli.moe import moe_rows
 from mediator_cli.cli.options import JsonOption, MemoryOption, OfflineOption, RecipeArgument, SetOption, WorkersOption
 from mediator_cli.cli.output import console, print_json, print_notices, print_table, say
 from mediator_cli.recipe.sizes import human_bytes
@@ -43,7 +43,7 @@ def plan(
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
-    from mediator_cli.pipeline.mixture_plan import describe_mixture, widest_mixture
+    from mediator_cli.pipeline.moe_report import describe_moe, widest_moe
     from mediator_cli.pipeline.routable import check_routing
     from mediator_cli.pipeline.settings import output_folder
     from mediator_cli.plan.make import make_plan
@@ -55,18 +55,18 @@ def plan(
         return
     made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
     run = settings(memory, workers)
-    mixture = describe_mixture(made) if made.moe else None
-    made = widest_mixture(made) if made.moe else made
+    moe = describe_moe(made) if made.moe else None
+    made = widest_moe(made) if made.moe else made
     if made.modules:
         _plan_adapter(made, output, run, recipe, as_json=as_json)
         return
     # What cannot be done is told before anything is measured.
-    report = describe_plan(made, output, run, mixture=mixture)
+    report = describe_plan(made, output, run, moe=moe)
     if calibrate is not False:
         from mediator_cli.pipeline.calibrate import constants_for, likely_cache
 
         constants = constants_for(made, output_folder(made, output), _tell, anew=calibrate is True)
-        report = describe_plan(made, output, run, constants, likely_cache(made), mixture)
+        report = describe_plan(made, output, run, constants, likely_cache(made), moe)
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
@@ -120,7 +120,7 @@ def _print(report: PlanReport) -> None:
 
 def _written(report: PlanReport) -> list[tuple[str, str]]:
     if report.moe is not None:
-        return mixture_rows(report.moe)
+        return moe_rows(report.moe)
     return [("write", f"{human_bytes(report.dense_bytes)} dense + {_range(report)} sparse experts")]
 
 

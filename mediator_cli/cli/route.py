@@ -11,7 +11,7 @@ from mediator_cli.cli.options import JsonOption
 from mediator_cli.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.runtime.router import Routing
 
 _BAR = 20

@@ -39,14 +39,14 @@ def train(
         Literal["gates", "attention", "projectors", "all"],
         typer.Option("--what", help="attention: gates too; projectors: of experts of different architectures."),
     ] = "gates",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps.")] = 200,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 16,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps.")] = 300,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 8,
     learning_rate: Annotated[
         float | None,
         typer.Option(
             "--learning-rate",
             help="Highest learning rate.",
-            show_default="gates 3e-3, projectors 1e-3, attention 1e-4, all 2e-5",
+            show_default="gates 1e-2, projectors 1e-3, attention 1e-4, all 2e-5",
         ),
     ] = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Longest row, in tokens; others are left out.")] = 1024,
@@ -174,10 +174,15 @@ def _print(report: TrainReport, target: Path) -> None:
     from mediator_cli.cli.output import print_table, say
 
     measured = [
-        (task, str(report.tasks[task].drawn if task in report.tasks else 0), str(after.rows),
-         f"{report.before[task].loss:.3f}", f"{after.loss:.3f}", f"{report.before[task].exact:.1%}", f"{after.exact:.1%}")
+        (
+            task,
+            str(report.tasks[task].drawn if task in report.tasks else 0),
+            str(after.rows),
+            *(f"{found.loss:.3f}" for found in (report.before[task], after)),
+            *(f"{found.exact:.1%}" for found in (report.before[task], after)),
+        )
         for task, after in report.after.items()
-    ]  # fmt: skip
+    ]
     if measured:
         columns = ("task", "trained on#", "held out#", "loss before#", "after#", "exact before#", "after#")
         print_table(columns, measured)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mediator_cli.bundle.manifest import PolicyRecord
+    from mediator_cli.bundle.router_record import PolicyRecord
     from mediator_cli.compare.store import Store
     from mediator_cli.compare.variants import Variant
     from mediator_cli.evaluate.score import RowScore

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
-from mediator_cli.bundle.manifest import PolicyRecord
+from mediator_cli.bundle.router_record import PolicyRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -20,7 +20,7 @@ from mediator_cli.pipeline.cost import (
 )
 from mediator_cli.pipeline.download import far_files_of, free_bytes
 from mediator_cli.pipeline.forecast import Amounts, extracted_bytes, forecast, traffic_of
-from mediator_cli.pipeline.mixture_plan import MixtureReport
+from mediator_cli.pipeline.moe_report import MoeReport
 from mediator_cli.pipeline.record import method_records
 from mediator_cli.pipeline.settings import Settings, budget_of, dense_bytes, output_folder
 from mediator_cli.recipe.sizes import parse_size
@@ -95,7 +95,7 @@ class PlanReport(BaseModel):
     weights: dict[str, tuple[float, float]]
     differences: tuple[DifferenceReport, ...]
     notices: tuple[str, ...]
-    moe: MixtureReport | None = None
+    moe: MoeReport | None = None
 
 
 def describe_plan(
@@ -104,11 +104,11 @@ def describe_plan(
     settings: Settings,
     constants: Constants | None = None,
     cache: Cache | None = None,
-    mixture: MixtureReport | None = None,
+    moe: MoeReport | None = None,
 ) -> PlanReport:
     """Put a plan in numbers; reads nothing but free disk space. Seconds are foretold from `constants`.
 
-    Of a mixture, `plan` is the widest that the rule can choose; how its layers are chosen and its gates made takes
+    Of an MoE, `plan` is the widest that the rule can choose; how its layers are chosen and its gates made takes
     time that is not foretold.
     """
     amounts = amounts_of(plan)
@@ -123,7 +123,7 @@ def describe_plan(
         assignment=_assignment(plan),
         settings_from=_winners(plan),
         download_bytes={name: sum(file.n_bytes for file in files) for name, files in far_files_of(plan).items()},
-        read_bytes=_reads(plan, amounts[1]) | ({"measure conflict": mixture.conflict_bytes} if mixture else {}),
+        read_bytes=_reads(plan, amounts[1]) | ({"measure conflict": moe.conflict_bytes} if moe else {}),
         stages=_stages([traffic_of(plan, some) for some in amounts], foretold),
         seconds=_ends(each.seconds(cache or "warm") for each in foretold) if foretold else None,
         sources_are=(cache or "warm") if foretold else None,
@@ -139,7 +139,7 @@ def describe_plan(
             for d in plan.differences
         ),
         notices=plan.notices,
-        moe=mixture,
+        moe=moe,
     )
 
 

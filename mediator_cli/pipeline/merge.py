@@ -25,7 +25,7 @@ from mediator_cli.pipeline.conflicts import reuse_report, scores_by_measure
 from mediator_cli.pipeline.cost import measures_conflict
 from mediator_cli.pipeline.download import download_weights, free_bytes
 from mediator_cli.pipeline.lineage import tell_doubts
-from mediator_cli.pipeline.mixture import decide_layers, made_file, write_made
+from mediator_cli.pipeline.moe import decide_layers, made_file, write_made
 from mediator_cli.pipeline.progress import counter
 from mediator_cli.pipeline.record import Outcome, SparseFiles, make_manifest, model_card, package_version
 from mediator_cli.pipeline.routable import check_routing
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mediator_cli.bundle.conflict_report import ConflictReport
-    from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.engine.publish import Building
     from mediator_cli.engine.streams import Streams
     from mediator_cli.pipeline.router import RouterJob
@@ -135,7 +135,7 @@ def _build(plan: Plan, building: Building, given: _Given, job: RouterJob | None,
     notices = (*doubts, *notices, *(made.notices if made else ()))
     outcome = Outcome(given.title, sources, report, assignment, written, router, notices, made)
     _write_records(plan, folder, work, outcome)
-    if router is not None or (job is not None and written.kept):
+    if job is not None and written.kept:
         _ask_experts(folder, job, run)
 
 
@@ -217,22 +217,29 @@ def _write_router(
         return None, ("no router is fitted: no unit is routed",)
     from mediator_cli.pipeline.router import add_router
 
-    n_bytes = sum(len(text.encode()) for texts in job.prompts.values() for text in texts)
+    if job.settings.features.asks:
+        return add_router(folder, job)
+    n_bytes = _prompt_bytes(job)
     advance = counter(run.progress, "fit router", n_bytes)
     fitted = add_router(folder, job)
     advance(n_bytes)
     return fitted
 
 
-def _ask_experts(folder: Path, job: RouterJob | None, run: Settings) -> None:
+def _ask_experts(folder: Path, job: RouterJob, run: Settings) -> None:
     """Let the experts of the bundle say what its router is fitted to, where it is one that asks them."""
-    if job is None or not job.settings.features.asks:
+    if not job.settings.features.asks or not job.prompts:
         return
     from mediator_cli.pipeline.router import ask_experts
 
-    advance = counter(run.progress, "ask experts", 1)
+    n_bytes = _prompt_bytes(job)
+    advance = counter(run.progress, "ask experts", n_bytes)
     ask_experts(folder, job)
-    advance(1)
+    advance(n_bytes)
+
+
+def _prompt_bytes(job: RouterJob) -> int:
+    return sum(len(text.encode()) for texts in job.prompts.values() for text in texts)
 
 
 def _write_records(plan: Plan, folder: Path, work: Work, outcome: Outcome) -> None:

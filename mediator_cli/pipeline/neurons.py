@@ -13,8 +13,8 @@ from mediator_cli.checkpoint.write import write_at
 from mediator_cli.engine.streams import Piece, fill, open_streams
 from mediator_cli.kernels.arrays import bytes_of
 from mediator_cli.pipeline.progress import counter
-from mediator_cli.plan.mixture import BASE
 from mediator_cli.plan.moe.check import block_tensor
+from mediator_cli.plan.moe_plan import BASE
 from mediator_cli.stages.neurons import (
     Block,
     column_squares,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.read import Reader
     from mediator_cli.kernels.arrays import Counts, Doubles, Floats
     from mediator_cli.pipeline.settings import Settings
-    from mediator_cli.plan.mixture import MoePlan
     from mediator_cli.plan.model import Plan
+    from mediator_cli.plan.moe_plan import MoePlan
 
 _ROWS = 256
 """Rows that are read at a time: a block of a large model is far larger than what is kept of it."""
@@ -78,12 +78,12 @@ def _inside(chosen: Counts, row: int, part: Floats) -> slice:
 _Blocks = dict["Projection", _Matrix]
 
 
-def write_neurons(plan: Plan, mixture: MoePlan, folder: Path, infos: Mapping[str, TensorInfo], run: Settings) -> None:
+def write_neurons(plan: Plan, moe: MoePlan, folder: Path, infos: Mapping[str, TensorInfo], run: Settings) -> None:
     """Write the correction of every expert in every layer into a file that stands in its full size.
 
     The shared blocks are read as they were written. `infos` say where each tensor of the file goes.
     """
-    layers, n_experts = mixture.layers or (), len(mixture.experts)
+    layers, n_experts = moe.layers or (), len(moe.experts)
     hidden, inner = _shape(plan)
     advance = counter(run.progress, "neurons", len(layers) * n_experts * 3 * hidden * inner, 2 * 3 * hidden * inner)
     written = {info.name: info for file in sorted(folder.glob("*.safetensors")) for info in read_header(file).tensors}
@@ -92,10 +92,10 @@ def write_neurons(plan: Plan, mixture: MoePlan, folder: Path, infos: Mapping[str
         common = FullReader(files, written)
         for layer in layers:
             shared = _shared(common, layer, hidden, inner)
-            for number, name in enumerate(mixture.experts):
-                own = mixture.spec.experts.get(name)
+            for number, name in enumerate(moe.experts):
+                own = moe.spec.experts.get(name)
                 expert = _expert(readers[name], name, layer, (hidden, inner), own.residual_scale if own else 1.0)
-                _write(_correction(expert, shared, mixture.inner), infos, layer, number)
+                _write(_correction(expert, shared, moe.inner), infos, layer, number)
                 advance(1)
 
 

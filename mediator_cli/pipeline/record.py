@@ -25,9 +25,9 @@ from mediator_cli.bundle.manifest import (
     SparseUnitRecord,
     TensorRecord,
     bundle_digest,
-    is_late,
 )
 from mediator_cli.bundle.record import FileRecord
+from mediator_cli.bundle.router_record import is_late
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.pipeline.conflicts import denoise_name, scores_by_measure
 from mediator_cli.pipeline.settings import written_tensors
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from mediator_cli.bundle.conflict_report import ConflictReport
-    from mediator_cli.bundle.manifest import RouterRecord
-    from mediator_cli.bundle.mixture import MixtureRecord
+    from mediator_cli.bundle.moe import MoeRecord
     from mediator_cli.bundle.record import SourceFile, WeightFile
+    from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.checkpoint.hub.repo import HubRepo
     from mediator_cli.checkpoint.write import NewTensor
     from mediator_cli.engine.extract.encode import Kept
-    from mediator_cli.pipeline.mixture import Made
+    from mediator_cli.pipeline.moe import Made
     from mediator_cli.pipeline.write import Written
     from mediator_cli.plan.model import ExpertSource, Plan
     from mediator_cli.recipe.load import LoadedRecipe
@@ -265,7 +265,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         "",
         _mixed(outcome.made.record) if outcome.made else _assigned(outcome),
         "",
-        f"`AutoModelForCausalLM.from_pretrained` on this folder gives the {'mixture' if plan.moe else 'dense expert'}.",
+        f"`AutoModelForCausalLM.from_pretrained` on this folder gives the {'MoE' if plan.moe else 'dense expert'}.",
         "`routing_manifest.json` holds recipe, sources with digests, conflict scores and assignment; `mediator verify`",
         "checks every byte.",
         "",
@@ -285,7 +285,7 @@ def _assigned(outcome: Outcome) -> str:
     return text + (f": {', '.join(routed)}." if routed else ".")
 
 
-def _mixed(record: MixtureRecord) -> str:
+def _mixed(record: MoeRecord) -> str:
     """Say how many experts answer, where, and how they are chosen."""
     return (
         f"{len(record.experts)} experts ({', '.join(record.experts)}) in {len(record.layers)} layers, "

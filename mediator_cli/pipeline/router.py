@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.card import CARD, router_card, with_block
-from mediator_cli.bundle.manifest import ROUTER, PolicyRecord, read_manifest, with_router
+from mediator_cli.bundle.manifest import ROUTER, read_manifest, with_router
 from mediator_cli.bundle.record import FileRecord
 from mediator_cli.bundle.replace import replace_files
+from mediator_cli.bundle.router_record import PolicyRecord
 from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.source import side_files
 from mediator_cli.errors import BundleError, Problem, RecipeError, did_you_mean
@@ -27,7 +28,8 @@ from mediator_cli.runtime.unfitted import measured, unmeasured
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mediator_cli.bundle.manifest import Manifest, RouterRecord, SourceRecord
+    from mediator_cli.bundle.manifest import Manifest, SourceRecord
+    from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.router import RouterSpec
     from mediator_cli.runtime.fit import FittedRouter

@@ -74,12 +74,12 @@ def new_tensor(tensor: TensorPlan) -> NewTensor:
 
 
 def written_tensors(plan: Plan) -> tuple[NewTensor, ...]:
-    """List all dense tensors that are written: those of the plan, then what a mixture makes beside them."""
+    """List all dense tensors that are written: those of the plan, then what an MoE makes beside them."""
     return (*map(new_tensor, plan.tensors), *(plan.moe.made if plan.moe else ()))
 
 
 def dense_bytes(plan: Plan) -> int:
-    """Count the bytes of the dense expert's tensors, or of the mixture's."""
+    """Count the bytes of the dense expert's tensors, or of the MoE's."""
     return sum(tensor.n_bytes for tensor in written_tensors(plan))
 
 

@@ -45,10 +45,10 @@ def find_kept(loaded: LoadedRecipe, base: Checkpoint) -> Kept:
 def kept_patterns(loaded: LoadedRecipe) -> tuple[str, ...] | None:
     """Give the globs of tensors that are the base's; None where the recipe says nothing.
 
-    Where a mixture copies from the base all that is no expert, experts may have it otherwise, or lack it.
+    Where an MoE copies from the base all that is no expert, experts may have it otherwise, or lack it.
     """
     recipe = loaded.recipe
-    if recipe.kind == "moe" and recipe.mixture.shared_from == "base":
+    if recipe.kind == "moe" and recipe.moe_spec.shared_from == "base":
         return (*(recipe.keep_base or ()), *_BESIDE_BLOCKS)
     return recipe.keep_base
 

@@ -19,8 +19,8 @@ from mediator_cli.plan.align import plan_align, with_align
 from mediator_cli.plan.differences import find_differences
 from mediator_cli.plan.keep import check_kept, find_kept
 from mediator_cli.plan.model import Plan, TensorPlan
-from mediator_cli.plan.moe.check import check_format, check_mixture
-from mediator_cli.plan.moe.make import plan_mixture
+from mediator_cli.plan.moe.check import check_format, check_moe
+from mediator_cli.plan.moe.make import plan_moe
 from mediator_cli.plan.moments import check_moments, with_moments
 from mediator_cli.plan.overrides import check_methods, check_overrides, resolve_settings, tell_unmatched
 from mediator_cli.plan.router import check_router, check_router_base, resolve_router
@@ -62,8 +62,8 @@ def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
         return plan_adapters(loaded, methods, [*problems, *loaded.problems], access)
     problems += [*loaded.problems, *_check_experts(loaded, methods), *check_router(loaded)]
     problems += check_moments(loaded, methods)
-    is_mixture = loaded.recipe.kind == "moe"
-    problems += check_mixture(loaded) if is_mixture else ()
+    is_moe = loaded.recipe.kind == "moe"
+    problems += check_moe(loaded) if is_moe else ()
     try:
         base = open_base(loaded, access)
         kept = find_kept(loaded, base)
@@ -83,7 +83,7 @@ def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
         problems += faults
         align, faults = plan_align(loaded, base, experts, kept.names)
         problems += faults
-        problems += check_format(loaded, base, experts) if is_mixture else ()
+        problems += check_format(loaded, base, experts) if is_moe else ()
     except CheckpointError as error:
         raise CheckpointError(
             loaded.ordered([*problems, *error.problems, *check_experts_alone(loaded, access)])
@@ -92,7 +92,7 @@ def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
         raise RecipeError(loaded.ordered(problems))
     plan = _assemble(loaded, shape, tuple(experts), methods, settings, kept, vocabulary)
     said = (*plan.notices, *loaded.notices, *tell_unmatched(loaded, shape.tensors, stack))
-    plan = replace(plan, loaded=given, notices=said, chat_template=template, moe=plan_mixture(loaded, base))
+    plan = replace(plan, loaded=given, notices=said, chat_template=template, moe=plan_moe(loaded, base))
     return with_moments(with_align(with_stack(plan, base, stack), align), access)
 
 

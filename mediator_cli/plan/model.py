@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.vocabulary import Vocabulary
     from mediator_cli.methods.method import ResolvedMethod
     from mediator_cli.methods.statistics import Role
-    from mediator_cli.plan.mixture import MoePlan
+    from mediator_cli.plan.moe_plan import MoePlan
     from mediator_cli.plan.units import AlignPlan
     from mediator_cli.recipe.extract import ValueCodec
     from mediator_cli.recipe.load import LoadedRecipe
@@ -160,7 +160,7 @@ class Plan:
     With `modules` the output is an adapter of these, and `tensors` are those of the base that it changes.
     `inputs` makes, for layers that are stacked, what stands in for the base, and then the inputs of each tensor, the
     first with the first weight and so on; empty where these are the base and the experts. `chat_template` is written
-    instead of the tokenizer's. `moe` is the mixture that is made of these dense tensors, when its layers are known.
+    instead of the tokenizer's. `moe` is the MoE that is made of these dense tensors, when its layers are known.
     """
 
     loaded: LoadedRecipe

@@ -116,10 +116,10 @@ class HeterogeneousRecipe(Strict):
     width: Annotated[
         Literal["max", "sum"],
         Field(
-            description="Width of the shared embedding. max: that of the widest expert; rows of all are averaged in "
-            "the same coordinates, as the paper has it. sum: each expert has coordinates of its own."
+            description="Width of the shared embedding. sum: each expert has coordinates of its own. max: that of the "
+            "widest expert; rows of all are averaged in the same coordinates, as the paper has it."
         ),
-    ] = "max"
+    ] = "sum"
     projectors: ProjectorSpec = ProjectorSpec()
     router: RouterStart = RouterStart()
     output: HeterogeneousOutput = HeterogeneousOutput()

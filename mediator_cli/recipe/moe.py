@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -12,6 +12,11 @@ Format = Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared"
 GateMethod = Literal[
     "random", "uniform_random", "hidden", "hidden_avg", "hidden_last", "cheap_embed", "centred", "ridge", "logistic"
 ]
+GATE_METHODS: tuple[GateMethod, ...] = get_args(GateMethod)
+NO_PROMPTS: tuple[GateMethod, ...] = ("random", "uniform_random")
+"""Gates that need no prompts."""
+OF_BASE: tuple[GateMethod, ...] = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
+"""Gates that are made from the base's states, as mergekit-moe does, and take negative prompts."""
 AVERAGE = "average"
 """Where all that is no expert comes from: the experts, averaged."""
 
@@ -26,9 +31,9 @@ class GateSpec(Strict):
         Field(
             description="random, uniform_random: no prompts are needed. hidden, hidden_avg, hidden_last, cheap_embed: "
             "as mergekit-moe, from the base's states. centred: mean of the states that the gates read, centred over "
-            "experts. ridge, logistic: classifiers of these states."
+            "experts. ridge, logistic: classifiers of these states, which know the tasks best."
         ),
-    ] = "centred"
+    ] = "ridge"
     temperature: Annotated[
         float | None,
         Field(gt=0, allow_inf_nan=False, description="Divides the gates' values; default: what suits the method."),
@@ -36,9 +41,13 @@ class GateSpec(Strict):
     strength: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="Of ridge and logistic: the penalty on their size.")
     ] = None
-    chat: Annotated[bool, Field(description="Whether prompts are put in the chat template, as they are answered.")] = (
-        True
-    )
+    chat: Annotated[
+        bool | None,
+        Field(
+            description="Whether prompts are put in the chat template. Default: where the mixture reads them, as they "
+            "will be asked; not where the base does."
+        ),
+    ] = None
     prompts: Annotated[
         int | None, Field(ge=1, description="How many prompts of each expert are read at most; default: see the docs.")
     ] = None

@@ -341,7 +341,7 @@ class Recipe(Strict):
         return self
 
     @property
-    def mixture(self) -> MoeSpec:
+    def moe_spec(self) -> MoeSpec:
         """What a recipe of kind moe says of its experts, with defaults where it says nothing."""
         return self.moe or MoeSpec()
 

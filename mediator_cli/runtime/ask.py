@@ -11,25 +11,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.features import FeatureReader, context_length, length_batches
-from mediator_cli.runtime.gradients import cosines
+from mediator_cli.runtime.gradients import cosines, token_losses
+from mediator_cli.runtime.prompts import chat_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mediator_cli.runtime.features import FeatureSpec, Floats32, Prompts
-    from mediator_cli.runtime.model import RoutedModel
+    from mediator_cli.runtime.gradients import Experts
     from mediator_cli.runtime.prompts import PromptReader
 
 _PASS_TOKENS = 1024
 """Tokens of one pass with padding: its logits are as many rows of the vocabulary."""
-_LOGIT_ROWS = 128
 
 
-def asking_reader(model: RoutedModel, reader: PromptReader, spec: FeatureSpec) -> FeatureReader:
+def asking_reader(model: Experts, reader: PromptReader, spec: FeatureSpec) -> FeatureReader:
     """Make a reader that asks the experts of a bundle about prompts, given as the ids that `asked_ids` gives."""
     limit = context_length(model.config)
     front = _front(reader, spec)
@@ -47,8 +46,6 @@ def asked_ids(reader: PromptReader, spec: FeatureSpec, ids: Sequence[int]) -> li
 
 def text_ids(reader: PromptReader, spec: FeatureSpec, text: str) -> list[int]:
     """Give the tokens of a text that are asked about, wrapped as a chat of one turn where all tokens are."""
-    from mediator_cli.runtime.generate import chat_ids
-
     content = reader.encode(text)
     if spec.reads == "turn" or not content:
         return content
@@ -65,14 +62,14 @@ def _front(reader: PromptReader, spec: FeatureSpec) -> tuple[int, ...]:
     return (bos,)
 
 
-def _with_front(model: RoutedModel, ask: Any, front: tuple[int, ...], prompts: Prompts) -> Floats32:  # noqa: ANN401
+def _with_front(model: Experts, ask: Any, front: tuple[int, ...], prompts: Prompts) -> Floats32:  # noqa: ANN401
     # A beginning that the prompt has already, as templates write it, is not put there twice.
     rows = [list(prompt) if tuple(prompt[: len(front)]) == front else [*front, *prompt] for prompt in prompts]
     found: Floats32 = ask(model, rows)
     return found
 
 
-def perplexities(model: RoutedModel, prompts: Prompts) -> Floats32:
+def perplexities(model: Experts, prompts: Prompts) -> Floats32:
     """Give ln perplexity of prompts of token ids under each expert, and the tokens predicted [rows, experts + 1].
 
     ln PPL(x) = -(1/t) Σ ln p(x_j | x_<j), as in MergeME (arXiv:2502.00997, section 3.2), over all tokens but the first.
@@ -91,7 +88,7 @@ def perplexities(model: RoutedModel, prompts: Prompts) -> Floats32:
     return found
 
 
-def _groups(model: RoutedModel) -> Iterator[list[int]]:
+def _groups(model: Experts) -> Iterator[list[int]]:
     """Give the experts that are asked in one pass: all as rows of it, unless their products had to be decoded anew."""
     matrices = [mixer.matrix for mixer in model.opened.mixers if mixer.matrix is not None]
     experts = list(range(len(model.expert_names)))
@@ -105,7 +102,7 @@ def _groups(model: RoutedModel) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _mean_losses(model: RoutedModel, prompts: Prompts, mixtures: torch.Tensor) -> Floats32:
+def _mean_losses(model: Experts, prompts: Prompts, mixtures: torch.Tensor) -> Floats32:
     """Compute the mean loss of each prompt, of two tokens or more, with each mixture [k, experts]: [rows, k]."""
     width = max(map(len, prompts))
     # Padding stands behind the tokens, where a causal model cannot see it.
@@ -121,11 +118,3 @@ def _mean_losses(model: RoutedModel, prompts: Prompts, mixtures: torch.Tensor) -
     means = losses.sum(1).view(n_mixtures, n_prompts) / (lengths - 1)
     found: Floats32 = means.t().float().cpu().numpy()
     return found
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compute -ln p of targets [rows, tokens] by logits [rows, tokens, vocabulary], in float32; few rows at a time."""
-    flat = logits.reshape(-1, logits.shape[-1]).split(_LOGIT_ROWS)
-    wanted = targets.reshape(-1).split(_LOGIT_ROWS)
-    parts = [functional.cross_entropy(x.float(), y, reduction="none") for x, y in zip(flat, wanted, strict=True)]
-    return torch.cat(parts).view(targets.shape)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mediator_cli.bundle.manifest import RouterRecord
+    from mediator_cli.bundle.router_record import RouterRecord
 
     Floats32 = NDArray[np.float32]
     Prompts = Sequence[Sequence[int]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mediator_cli.bundle.manifest import PolicyRecord, RouterRecord, RouterReport
+from mediator_cli.bundle.router_record import PolicyRecord, RouterRecord, RouterReport
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.calibrate import calibration_error, confusion, fit_temperature, log_loss, softmax
 from mediator_cli.runtime.classify import fit_classifier, logits, ridge_sums, solve_ridge

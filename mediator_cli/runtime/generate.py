@@ -10,6 +10,7 @@ import torch
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.features import context_length
 from mediator_cli.runtime.mixing import as_weights
+from mediator_cli.runtime.prompts import chat_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 
     from mediator_cli.runtime.mixing import Wanted
     from mediator_cli.runtime.model import RoutedModel
+    from mediator_cli.runtime.prompts import Message
     from mediator_cli.runtime.router import Routing
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,6 @@ class Turn:
     text: str
     conversation: Conversation
     routing: Routing | None
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
-    """Tokenise a chat with the tokenizer's template, or the bare texts where it has none or `raw` is set."""
-    if raw or not tokenizer.chat_template:
-        return list(tokenizer.encode("\n".join(message["content"] for message in messages)))
-    encoded: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def answer(

@@ -8,23 +8,53 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from mediator_cli.runtime.features import Floats32, Prompts
-    from mediator_cli.runtime.mixing import Matrices
-    from mediator_cli.runtime.model import RoutedModel
+    from mediator_cli.runtime.mixing import Matrices, Wanted
 
     Deltas = Callable[[int], torch.Tensor | None]
 
+_LOGIT_ROWS = 128
+
+
+class Experts(Protocol):
+    """What asking the experts needs of a bundle's model; `opened` is what `open_bundle` noted of it."""
+
+    opened: Any
+    config: Any
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Name the experts in the order of a mixture's weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+
+    def mixing(self, mixture: Wanted) -> AbstractContextManager[None]:
+        """Answer with this mixture inside the block."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Give all parameters."""
+
+    def get_input_embeddings(self) -> Any:  # noqa: ANN401 - a module
+        """Give the embedding."""
+
+    def __call__(self, **inputs: Any) -> Any:  # noqa: ANN401 - the model's own output
+        """Run a pass."""
+
 
 @torch.inference_mode(mode=False)
-def cosines(model: RoutedModel, prompts: Prompts) -> Floats32:
+def cosines(model: Experts, prompts: Prompts) -> Floats32:
     """Give cos(-g, delta) for prompts of token ids and each expert, and the tokens predicted [rows, experts + 1].
 
     g is of the mean loss over the prompt's tokens but the first, over all routed tensors of the dense expert together.
@@ -42,7 +72,7 @@ def cosines(model: RoutedModel, prompts: Prompts) -> Floats32:
 
 
 def _compare(
-    model: RoutedModel, prompt: Sequence[int], deltas: Mapping[str, tuple[Any, Deltas]], lengths: dict[str, Any]
+    model: Experts, prompt: Sequence[int], deltas: Mapping[str, tuple[Any, Deltas]], lengths: dict[str, Any]
 ) -> list[float]:
     """Compare one prompt's gradient with all deltas; `lengths` keep the squared length of what was decoded before."""
     n_experts = len(model.expert_names)
@@ -65,14 +95,12 @@ def _compare(
 
 
 def _backward(
-    model: RoutedModel,
+    model: Experts,
     prompt: Sequence[int],
     deltas: Mapping[str, tuple[Any, Deltas]],
     compare: Any,  # noqa: ANN401
 ) -> None:
     """Run the dense expert on a prompt and back; `compare` hears of each routed tensor when its gradient is whole."""
-    from mediator_cli.runtime.ask import token_losses
-
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(model.mixing("dense"))
@@ -89,7 +117,7 @@ def _backward(
 
 
 @contextmanager
-def _only(wanted: Sequence[torch.Tensor], model: RoutedModel) -> Iterator[None]:
+def _only(wanted: Sequence[torch.Tensor], model: Experts) -> Iterator[None]:
     """Let gradients be computed for these parameters alone, and put everything back."""
     chosen = {id(parameter) for parameter in wanted}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -103,7 +131,7 @@ def _only(wanted: Sequence[torch.Tensor], model: RoutedModel) -> Iterator[None]:
             parameter.grad = None
 
 
-def _all_deltas(model: RoutedModel) -> dict[str, tuple[torch.Tensor, Deltas]]:
+def _all_deltas(model: Experts) -> dict[str, tuple[torch.Tensor, Deltas]]:
     """Find the parameter of each routed tensor, and what gives an expert's delta of it, flat in float32."""
     found: dict[str, tuple[torch.Tensor, Deltas]] = {}
     seen: set[int] = set()
@@ -117,7 +145,7 @@ def _all_deltas(model: RoutedModel) -> dict[str, tuple[torch.Tensor, Deltas]]:
     return found
 
 
-def _expert_matrices(model: RoutedModel) -> list[Matrices] | None:
+def _expert_matrices(model: Experts) -> list[Matrices] | None:
     """Give every expert's own matrices where all of them fit into the budget at once; None where they do not."""
     cache = model.opened.cache
     one_hot = [tuple(row) for row in torch.eye(len(model.expert_names)).tolist()]
@@ -140,3 +168,11 @@ def _of_matrix(dense: torch.Tensor, mixer: Any, mixed: list[Matrices] | None) ->
         return (mixed[expert][mixer.name].float() - dense.detach().float()).flatten()
 
     return of_expert
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute -ln p of targets [rows, tokens] by logits [rows, tokens, vocabulary], in float32; few rows at a time."""
+    flat = logits.reshape(-1, logits.shape[-1]).split(_LOGIT_ROWS)
+    wanted = targets.reshape(-1).split(_LOGIT_ROWS)
+    parts = [functional.cross_entropy(x.float(), y, reduction="none") for x, y in zip(flat, wanted, strict=True)]
+    return torch.cat(parts).view(targets.shape)

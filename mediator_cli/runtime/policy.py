@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mediator_cli.bundle.manifest import PolicyRecord
+    from mediator_cli.bundle.router_record import PolicyRecord
 
     Floats = NDArray[np.float64]
 

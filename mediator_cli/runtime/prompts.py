@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mediator_cli.errors import BundleError, Problem, first_line
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, str]
 _SYSTEM, _FIRST, _ANSWER, _LAST = "Alphaword", "Betaword", "Gammaword", "Deltaword"
 
 
@@ -76,6 +77,14 @@ def prompt_reader(tokenizer: PreTrainedTokenizerBase) -> PromptReader:
         _any_of(tokenizer, _openings(tokenizer)),
         _any_of(tokenizer, _closings(tokenizer)),
     )
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
+    """Tokenise a chat with the tokenizer's template, or the bare texts where it has none or `raw` is set."""
+    if raw or not tokenizer.chat_template:
+        return list(tokenizer.encode("\n".join(message["content"] for message in messages)))
+    encoded: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

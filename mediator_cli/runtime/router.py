@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mediator_cli.bundle.manifest import Manifest, RouterRecord
+    from mediator_cli.bundle.manifest import Manifest
     from mediator_cli.bundle.record import FileRecord
+    from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.checkpoint.header import TensorInfo
 
     Floats = NDArray[np.float64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mediator_cli.runtime.ask import asked_ids, asking_reader
 from mediator_cli.runtime.features import prompt_features, spec_of
@@ -10,14 +10,14 @@ from mediator_cli.runtime.features import prompt_features, spec_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mediator_cli.runtime.model import RoutedModel
+    from transformers import PreTrainedModel
+
+    from mediator_cli.runtime.gradients import Experts
     from mediator_cli.runtime.prompts import PromptReader
     from mediator_cli.runtime.router import Router, Routing
 
 
-def route_prompts(
-    model: RoutedModel, reader: PromptReader, router: Router, prompts: Sequence[Sequence[int]]
-) -> Routing:
+def route_prompts(model: Experts, reader: PromptReader, router: Router, prompts: Sequence[Sequence[int]]) -> Routing:
     """Route prompts of token ids by the dense expert's features, or by asking the experts.
 
     Raises BundleError for an empty one.
@@ -27,4 +27,4 @@ def route_prompts(
         asked = [asked_ids(reader, spec, prompt) for prompt in prompts]
         return router.route(asking_reader(model, reader, spec).read(asked))
     contents = [reader.content(list(prompt)) for prompt in prompts]
-    return router.route(prompt_features(model, reader.tokenizer, spec, contents))
+    return router.route(prompt_features(cast("PreTrainedModel", model), reader.tokenizer, spec, contents))

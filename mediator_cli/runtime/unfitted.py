@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mediator_cli.bundle.manifest import RouterReport
+    from mediator_cli.bundle.router_record import RouterReport
     from mediator_cli.runtime.features import FeatureReader, Kind
     from mediator_cli.runtime.fit import FitSettings, Rows
 

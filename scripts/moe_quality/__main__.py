@@ -69,7 +69,7 @@ def try_out(trial: Trial, rows: int) -> dict[str, Any]:
     steps: dict[str, float] = {"merge": time.monotonic() - started}
     for at, step in enumerate(trial.steps):
         before, after = time.monotonic(), work / f"step{at}"
-        _run([step[0], str(folder), *step[1:], *_rows_of(step[0]), "-o", str(after)])
+        _run([step[0], str(folder), *step[1:], *_all_rows(), "-o", str(after)])
         steps[step[0]] = time.monotonic() - before
         folder = after
     asked = evaluate(folder, trial, rows)
@@ -98,9 +98,8 @@ def _rows(task: str) -> str:
     return str(DEMO / "data" / f"{task}.train.jsonl")
 
 
-def _rows_of(command: str) -> list[str]:
-    named = "{}={}" if command == "train" else "{1}"
-    return [part for name in TASKS for part in ("--rows", named.format(name, _rows(name)))]
+def _all_rows() -> list[str]:
+    return ["--rows", *(_rows(name) for name in TASKS)]
 
 
 def evaluate(folder: Path, trial: Trial, rows: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mediator_cli.bundle.manifest import PolicyRecord
+from mediator_cli.bundle.router_record import PolicyRecord
 from mediator_cli.compare.ablate import conflict_scores
 from mediator_cli.compare.run import Comparison, Outcome, compare
 from mediator_cli.compare.table import report_of

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 
-from mediator_cli.bundle.manifest import PolicyRecord
 from mediator_cli.bundle.record import FileRecord
+from mediator_cli.bundle.router_record import PolicyRecord
 from mediator_cli.evaluate.tasks import Task
 from mediator_cli.runtime.calibrate import auroc, calibration_error, log_loss
 from mediator_cli.runtime.classify import Classifier

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,13 @@ def _reading(case: Case, refused: str) -> Reading:
 def compare(reference: Reference, answers: Mapping[str, Any]) -> Reading:
     """Compare a server's answers with transformers'."""
     far = apart(reference.logprobs, answers["logprobs"])
-    both = list(zip(reference.tokens, answers["tokens"], strict=True))
+    both = [
+        (reference.until_end(ours), reference.until_end(theirs))
+        for ours, theirs in zip(reference.tokens, answers["tokens"], strict=True)
+    ]
     equal = sum(ours == theirs for ours, theirs in both) / len(both)
     places = sorted(
-        (next(place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), row)
+        (next(place for place, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1]), row)
         for row, (ours, theirs) in enumerate(both)
         if ours != theirs
     )

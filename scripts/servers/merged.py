@@ -26,7 +26,10 @@ MODELS = DEMO / "servers"
 RECIPES = Path(__file__).with_name("recipes")
 QUESTIONS = {"maths": 3, "language": 3}
 TOKENS = 8
-NOT_READ = {("qwen2_moe_some_layers", "llama_cpp"): "llama.cpp wants experts in every layer"}
+NOT_READ = {
+    ("qwen2_moe", "llama_cpp"): "llama.cpp wants a head of its own in Qwen2-MoE, the demo's models have a tied one",
+    ("qwen2_moe_some_layers", "llama_cpp"): "llama.cpp wants experts in every layer",
+}
 """What a server is known not to read: the tables of the README say so too."""
 
 
@@ -52,7 +55,8 @@ def is_right(name: str) -> bool:
     for server, reading in found.items():
         known = NOT_READ.get((name, server))
         say(f"{name:22} {server:10} {in_words(reading)}{f' (known: {known})' if known else ''}", markup=False)
-    return all(reading.status == "right" for server, reading in found.items() if (name, server) not in NOT_READ)
+    # One that is read after all is a change too: the list and the tables are out of date then.
+    return all((reading.status == "right") != ((name, server) in NOT_READ) for server, reading in found.items())
 
 
 def read(folder: Path) -> dict[str, Reading]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -14,17 +15,27 @@ Ids = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Greedy answers [prompt][token], the log probability of each token, and its lead over the second in logits."""
+    """Greedy answers [prompt][token], the log probability of each token, and its lead over the second in logits.
+
+    An answer goes on behind a token that ends it, one of `ends`: servers are compared up to there.
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     leads: list[list[float]]
+    ends: tuple[int, ...] = ()
+
+    def until_end(self, tokens: Sequence[int]) -> list[int]:
+        """Give the part of an answer before the first token that ends it."""
+        return list(takewhile(lambda token: token not in self.ends, tokens))
 
 
 def refer(model: PreTrainedModel, prompts: Ids, tokens: int) -> Reference:
     """Answer prompts one at a time, without a cache of keys and values."""
     answers = [_greedy(model, list(ids), tokens) for ids in prompts]
-    return Reference(*([list(part) for part in zip(*answers, strict=True)]))
+    end = model.config.eos_token_id
+    ends = tuple(end) if isinstance(end, list) else (end,)
+    return Reference(*([list(part) for part in zip(*answers, strict=True)]), ends=ends)
 
 
 @torch.no_grad()

@@ -19,7 +19,11 @@ TITLES = {
 SAID = {
     "parameter named": "has no such tensor names",
     "Can not map tensor": "the converter knows no such tensor names",
-    "not supported": "not supported",
+    "Unprocessed experts": "the converter knows no such tensor names",
+    "ROPE_FREQS": "the converter cannot say it",
+    "'output.weight' not found": "it wants a head of its own",
+    "wrong shape": "it wants head_dim to be width / heads",
+    "tokenizer.model": "the converter wants a SentencePiece tokenizer",
 }
 """Words of an error, and what it means."""
 

@@ -29,6 +29,7 @@ COMMON: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
 }
+# Qwen2-MoE: all experts for each token, which is what llama.cpp reads rightly, so that other things show.
 FORMATS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {
         "intermediate_size": 96,
@@ -41,7 +42,7 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 64,
         "num_experts": 4,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": 4,
         "norm_topk_prob": True,
         "mlp_only_layers": [],
     },
@@ -175,7 +176,7 @@ def _for_all(kind: str) -> list[Toy]:
     count, top_k = COUNT[kind], TOP_K.get(kind, "num_experts_per_tok")
     shared = {"moe_num_shared_experts": 24} if kind == "ernie4_5_moe" else {}
     return [
-        Toy(kind, "top-2 of 4 experts"),
+        Toy(kind, "top-2 of 4 experts", {top_k: 2}),
         Toy(kind, "top-1 of 4", {top_k: 1}),
         Toy(kind, "all of 4", {top_k: 4}),
         *([Toy(kind, "top-2 of 3", {count: 3})] if kind == "mixtral" else []),
@@ -213,8 +214,7 @@ def _zero(part: str) -> Edit:
 
 
 _DENSE = [
-    Toy("qwen2_moe", "norm_topk_prob false", {"norm_topk_prob": False}),
-    Toy("qwen2_moe", "norm_topk_prob false, all of 4", {"norm_topk_prob": False, "num_experts_per_tok": 4}),
+    Toy("qwen2_moe", "norm_topk_prob false, top-2", {"norm_topk_prob": False, "num_experts_per_tok": 2}),
     Toy("qwen2_moe", "mlp_only_layers", {"mlp_only_layers": [1]}),
     Toy("qwen2_moe", "decoder_sparse_step 2", {"decoder_sparse_step": 2}),
 ]

@@ -16,10 +16,7 @@ from mediator_cli.bundle.manifest import (
     ROUTER,
     ConflictRecord,
     Manifest,
-    PolicyRecord,
     RecipeRecord,
-    RouterRecord,
-    RouterReport,
     Sizes,
     SourceRecord,
     SparseRecord,
@@ -29,6 +26,7 @@ from mediator_cli.bundle.manifest import (
     to_json,
 )
 from mediator_cli.bundle.record import FileRecord, WeightFile
+from mediator_cli.bundle.router_record import PolicyRecord, RouterRecord, RouterReport
 from mediator_cli.bundle.sparse import encode_gaps, encode_values, pack_bits
 from mediator_cli.bundle.sparse_file import SparseTensor, open_sparse_file, sparse_file_name
 from mediator_cli.bundle.sparse_writer import SparseFileWriter, create_sparse_file

@@ -10,7 +10,8 @@ from tiny_bundles import make_rows
 from tiny_tokens import word_tokenizer
 
 from mediator_cli import Settings
-from mediator_cli.bundle.manifest import PolicyRecord, read_manifest
+from mediator_cli.bundle.manifest import read_manifest
+from mediator_cli.bundle.router_record import PolicyRecord
 from mediator_cli.compare import ablate, run
 from mediator_cli.compare.run import Comparison, compare
 from mediator_cli.compare.store import row_key

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mediator_cli.bundle.manifest import PolicyRecord, RouterRecord
+from mediator_cli.bundle.router_record import PolicyRecord, RouterRecord
 from mediator_cli.errors import RecipeError
 from mediator_cli.recipe.router import POLICY_FIELDS, PolicySpec, RouterSpec
 

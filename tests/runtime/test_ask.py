@@ -13,7 +13,7 @@ from conftest import Workshop, add_prompts, make_workshop, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from mediator_cli import read_bundle
-from mediator_cli.bundle.manifest import PolicyRecord, RouterRecord
+from mediator_cli.bundle.router_record import PolicyRecord, RouterRecord
 from mediator_cli.errors import BundleError
 from mediator_cli.runtime.ask import asked_ids, asking_reader, perplexities, text_ids
 from mediator_cli.runtime.features import FeatureSpec

@@ -14,9 +14,10 @@ from tiny_tokens import word_tokenizer
 from mediator_cli.errors import BundleError
 from mediator_cli.evaluate.score import ScoreSettings, score_rows
 from mediator_cli.runtime.combine import COMBINATIONS, find_members
-from mediator_cli.runtime.generate import Conversation, Sampling, chat_ids, reply
+from mediator_cli.runtime.generate import Conversation, Sampling, reply
 from mediator_cli.runtime.model import RoutedModel
 from mediator_cli.runtime.open import open_bundle
+from mediator_cli.runtime.prompts import chat_ids
 
 APART = COMBINATIONS[1:]
 IDS = torch.randint(3, 20, (4, 6), generator=torch.Generator().manual_seed(0))

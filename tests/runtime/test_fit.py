@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokens import FILMS, SUMS, task_prompts, word_tokenizer
 
-from mediator_cli.bundle.manifest import PolicyRecord
 from mediator_cli.bundle.record import FileRecord
+from mediator_cli.bundle.router_record import PolicyRecord
 from mediator_cli.errors import BundleError
 from mediator_cli.runtime.classify import Classifier, logits
 from mediator_cli.runtime.features import FeatureReader, FeatureSpec, text_reader

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mediator_cli.bundle.manifest import PolicyRecord
+from mediator_cli.bundle.router_record import PolicyRecord
 from mediator_cli.runtime.policy import entropy, mix
 
 EXPERTS = ("a", "b", "c", "d")

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mediator_cli.bundle.manifest import ROUTER, Manifest, PolicyRecord, RouterRecord, RouterReport, SourceRecord
+from mediator_cli.bundle.manifest import ROUTER, Manifest, SourceRecord
 from mediator_cli.bundle.record import FileRecord
+from mediator_cli.bundle.router_record import PolicyRecord, RouterRecord, RouterReport
 from mediator_cli.errors import BundleError, OutputError
 from mediator_cli.runtime.calibrate import softmax
 from mediator_cli.runtime.classify import Classifier, fit_classifier, logits, ridge_sums

@@ -9,7 +9,7 @@ import torch
 
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.runtime.features import context_length
-from mediator_cli.runtime.generate import chat_ids
+from mediator_cli.runtime.prompts import chat_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

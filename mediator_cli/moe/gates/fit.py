@@ -17,7 +17,7 @@ from mediator_cli.moe.gates.asked import Asked, ask, some_of
 from mediator_cli.moe.gates.prototypes import prototypes
 from mediator_cli.moe.gates.report import GateFit, GateReport, LayerReport
 from mediator_cli.moe.gates.routing import choices
-from mediator_cli.moe.gates.settings import BASE, DRAWN, OF_BASE, GateSettings, check_prompts, check_settings
+from mediator_cli.moe.gates.settings import GateSettings, check_prompts, check_settings
 from mediator_cli.moe.layerwise import (
     advance,
     model_layout,
@@ -27,6 +27,8 @@ from mediator_cli.moe.layerwise import (
     router_states,
     start,
 )
+from mediator_cli.plan.moe_plan import BASE
+from mediator_cli.recipe.moe import NO_PROMPTS, OF_BASE
 from mediator_cli.runtime.calibrate import fit_temperature
 from mediator_cli.runtime.prompts import load_tokenizer
 
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mediator_cli.moe.gates.settings import ExpertPrompts, Method
     from mediator_cli.moe.layerwise import Batch, LayerwiseModel
+    from mediator_cli.plan.moe_plan import ExpertPrompts
+    from mediator_cli.recipe.moe import GateMethod
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
@@ -103,7 +106,7 @@ def fit_gates(
     _check_names(folder, experts, layout.n_experts)
     check_prompts(settings.method, prompts, experts)
     job = _Job(model, settings, len(experts), min(layout.top_k, len(experts)))
-    if settings.method in DRAWN:
+    if settings.method in NO_PROMPTS:
         made = [(layer, *_drawn(job, layer)) for layer in layout.layers]
     else:
         job = _with_prompts(job, base, prompts, experts)
@@ -258,7 +261,7 @@ def _report(
 def _notices(
     job: _Job, experts: Sequence[str], prompts: Mapping[str, ExpertPrompts], layers: Sequence[LayerReport]
 ) -> Iterator[str]:
-    method: Method = job.settings.method
+    method: GateMethod = job.settings.method
     if method in OF_BASE and (high := [layer for layer in layers if layer.condition > _NEARLY_SAME]):
         worst = max(layer.condition for layer in high)
         told = "infinite" if math.isinf(worst) else f"{worst:.0f}"
@@ -268,5 +271,5 @@ def _notices(
         )
     if method not in OF_BASE and any(prompts[name].negative for name in experts if name in prompts):
         yield f"negative prompts are not read by gates '{method}': the other experts' prompts are what to tell apart"
-    if method not in DRAWN and BASE in experts and not (BASE in prompts and prompts[BASE].positive):
+    if method not in NO_PROMPTS and BASE in experts and not (BASE in prompts and prompts[BASE].positive):
         yield "the base has no prompts: its gates are zero, so it is second where only one expert fits a token"

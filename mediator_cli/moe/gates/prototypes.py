@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mediator_cli.moe.gates.asked import Asked
-    from mediator_cli.moe.gates.settings import Method
     from mediator_cli.moe.layerwise import Batch, LayerwiseModel
+    from mediator_cli.recipe.moe import GateMethod
 
     Floats = NDArray[np.float64]
     Texts = Mapping[str, Sequence[str]]
 
 
 def prototypes(
-    base: LayerwiseModel, method: Method, positive: Texts, negative: Texts, *, chat: bool
+    base: LayerwiseModel, method: GateMethod, positive: Texts, negative: Texts, *, chat: bool
 ) -> dict[int, Floats]:
     """Make gates [experts, hidden] for each layer of the base from texts by expert.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import MANIFEST, read_manifest
-from mediator_cli.bundle.mixture import GatesRecord
+from mediator_cli.bundle.moe import GatesRecord
 from mediator_cli.bundle.retouch import check_new, retouch
 from mediator_cli.checkpoint.header import read_json, read_tensors
 from mediator_cli.checkpoint.moe_layout import moe_layout
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from mediator_cli.bundle.manifest import Manifest
     from mediator_cli.moe.gates.report import GateFit, GateReport
-    from mediator_cli.moe.gates.settings import ExpertPrompts, GateSettings
+    from mediator_cli.moe.gates.settings import GateSettings
+    from mediator_cli.plan.moe_plan import ExpertPrompts
 
 
 def expert_names(folder: Path, given: Sequence[str] = ()) -> tuple[str, ...]:

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean, some_names
+from mediator_cli.plan.moe_plan import BASE, ExpertPrompts
+from mediator_cli.recipe.moe import GATE_METHODS, NO_PROMPTS, OF_BASE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Method = Literal[
-    "random", "uniform_random", "hidden", "hidden_avg", "hidden_last", "cheap_embed", "centred", "ridge", "logistic"
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-DRAWN: tuple[Method, ...] = ("random", "uniform_random")
-"""Methods that need no prompts."""
-OF_BASE: tuple[Method, ...] = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
-"""Methods that read the base model, as mergekit-moe does, and take negative prompts."""
-BASE = "base"
-"""The expert that may go without prompts: it stands for all that no expert is for."""
+    from mediator_cli.recipe.moe import GateMethod
+
 _N_PROMPTS = 64
-
-
-@dataclass(frozen=True)
-class ExpertPrompts:
-    """Texts that an expert is for, and texts that it is not for."""
-
-    positive: tuple[str, ...] = ()
-    negative: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,12 +24,13 @@ class GateSettings:
     `temperature` divides the gates: below 1 the first expert of a token gets more of it. Gates that read the mixture's
     own states are calibrated first, so that at 1 their softmax is how likely a token is to come from an expert's
     prompts. `strength` is the penalty of ridge, as a share of the mean square of a state's entries, and of logistic,
-    per token. `chat` tells whether prompts are put in the chat template; None: as they will be asked where the mixture
-    reads them, bare where the base does, since behind a template all prompts end with the same token. `prompts` is the most that are read of each expert, taken
-    evenly from its list. `seed` matters to random gates only. None is what suits the method.
+    per token. `chat` tells whether prompts are put in the chat template; None: as they will be asked where the MoE
+    reads them, bare where the base does, since behind a template all prompts end with the same token. `prompts` is the
+    most that are read of each expert, taken evenly from its list. `seed` matters to random gates only. None is what
+    suits the method.
     """
 
-    method: Method = "ridge"
+    method: GateMethod = "ridge"
     temperature: float | None = None
     strength: float | None = None
     chat: bool | None = None
@@ -69,8 +56,8 @@ class GateSettings:
 def check_settings(settings: GateSettings) -> None:
     """Raise RecipeError with all that is wrong with the settings."""
     problems = []
-    if settings.method not in METHODS:
-        problems.append(Problem("method", f"no gates '{settings.method}'", did_you_mean(settings.method, METHODS)))
+    if settings.method not in GATE_METHODS:
+        problems.append(Problem("method", f"no gates '{settings.method}'", did_you_mean(settings.method, GATE_METHODS)))
     for name in ("temperature", "strength", "prompts"):
         value = getattr(settings, name)
         # The comparison is false for NaN too.
@@ -80,16 +67,16 @@ def check_settings(settings: GateSettings) -> None:
         raise RecipeError(problems)
 
 
-def check_prompts(method: Method, prompts: Mapping[str, ExpertPrompts], experts: Sequence[str]) -> None:
+def check_prompts(method: GateMethod, prompts: Mapping[str, ExpertPrompts], experts: Sequence[str]) -> None:
     """Raise RecipeError naming experts that lack prompts, are unknown, or have the same prompts as another."""
-    if method in DRAWN:
+    if method in NO_PROMPTS:
         return
     problems = [
         Problem(name, "has prompts, but is no expert of this mixture", did_you_mean(name, experts))
         for name in prompts
         if name not in experts
     ]
-    hint = f"give it prompts, or use gates that need none: {', '.join(DRAWN)}"
+    hint = f"give it prompts, or use gates that need none: {', '.join(NO_PROMPTS)}"
     given = [name for name in experts if prompts.get(name, ExpertPrompts()).positive]
     problems += [Problem(name, "this expert has no prompts", hint) for name in experts if name not in (*given, BASE)]
     if not given:

@@ -147,24 +147,35 @@ class HeterogeneousMoeForCausalLM(PreTrainedModel, GenerationMixin):
         seen = cache.seen if cache is not None else 0
         mask = _mask(attention_mask, embeddings, seen)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, seen:] if position_ids is None else position_ids
-        logits = None
+        router_logits = None
+        if mixture is None and cache is not None:
+            mixture = cache.mixture
         if mixture is None:
-            mixture = cache.mixture if cache is not None else None
-        if mixture is None:
-            read = mask[:, seen:] if prompt_mask is None else prompt_mask
-            if labels is not None and prompt_mask is None:
-                read = before_labels(read, labels)
-            logits = self.router(prompt_mean(embeddings, read).to(embeddings.dtype)).float()
-            mixture = mixture_of(logits, self.config.experts_per_prompt)
+            router_logits = self._route(embeddings, mask[:, seen:], prompt_mask, labels)
+            mixture = mixture_of(router_logits, self.config.experts_per_prompt)
         states = self._mixed(embeddings, mask, positions, mixture, cache)
         if cache is not None:
             cache.mixture, cache.seen = mixture.detach(), seen + embeddings.shape[1]
         if labels is not None:
-            return self._scored(states, labels, mixture, logits, num_items_in_batch)
+            return self._scored(states, labels, mixture, router_logits, num_items_in_batch)
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
         return HeterogeneousMoeOutput(
-            logits=self.head(kept), past_key_values=cache, mixture=mixture, router_logits=logits
+            logits=self.head(kept), past_key_values=cache, mixture=mixture, router_logits=router_logits
         )
+
+    def _route(
+        self,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor,
+        prompt_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute router logits [rows, experts] from the tokens of the prompts."""
+        read = mask if prompt_mask is None else prompt_mask
+        if labels is not None and prompt_mask is None:
+            read = before_labels(read, labels)
+        logits: torch.Tensor = self.router(prompt_mean(embeddings, read).to(embeddings.dtype))
+        return logits.float()
 
     def _cache(
         self, given: ExpertCaches | None, use_cache: bool | None, labels: torch.Tensor | None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from mediator_cli.checkpoint.heterogeneous import layer_sizes
 
+if TYPE_CHECKING:
     from mediator_cli.moe.heterogeneous.configuration import ProjectorConfig
 
 
@@ -41,14 +40,3 @@ class Projector(nn.Module):
         if wide >= narrow:
             return states[..., self.start : self.start + narrow]
         return nn.functional.pad(states, (self.start, narrow - wide - self.start))
-
-
-def layer_sizes(sizes: tuple[int, int], depth: int, width: int | None) -> Sequence[tuple[int, int]]:
-    """Give input and output size of each linear layer; inner layers are `width` wide, or as the wider end.
-
-    >>> layer_sizes((8, 4), 1, None), layer_sizes((8, 4), 2, 6)
-    ([(8, 4)], [(8, 6), (6, 4)])
-    """
-    inner = [width or max(sizes)] * (depth - 1)
-    ends = [sizes[0], *inner, sizes[1]]
-    return list(pairwise(ends))

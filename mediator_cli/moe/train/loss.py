@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch.nn import functional
@@ -71,7 +71,7 @@ class LinePasses:
                 attention_mask=line.mask.to(device), logits_to_keep=line.predicting.to(device), use_cache=False,
             )  # fmt: skip
             each = [
-                balance_loss(functional.linear(seen.float(), router.weight.float()), self.top_k)
+                balance_loss(functional.linear(seen.float(), cast("torch.Tensor", router.weight).float()), self.top_k)
                 for router, seen in zip(self.routers, states, strict=True)
             ]
         balance = torch.stack(each).mean() if each else found.logits.new_zeros(())

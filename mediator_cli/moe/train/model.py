@@ -59,7 +59,7 @@ class Trained(Mapping[str, "NDArray[Any]"]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Give a tensor as it is now, in float32."""
-        return cast("NDArray[Any]", self.parts[name].detach().float().cpu().numpy())
+        return self.parts[name].detach().float().cpu().numpy()
 
     def __iter__(self) -> Iterator[str]:
         """Give the stored names."""
@@ -139,13 +139,14 @@ def _load(source: Source, settings: TrainSettings, longest: int) -> PreTrainedMo
 
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
             **_kernels(source, settings, longest),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         message = f"cannot be loaded: {first_line(error)}"
         raise CheckpointError(Problem(str(source.folder), message, _DAMAGED)) from None
+    model, found = loaded
     if found["missing_keys"]:
         raise CheckpointError(Problem(str(source.folder), f"lacks {sorted(found['missing_keys'])[0]}", _DAMAGED))
     return cast("PreTrainedModel", model)

@@ -77,7 +77,7 @@ def end_token(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
         closing = str(tokenizer.apply_chat_template(chat, tokenize=False)).rpartition("a")[2]
         written = tokenizer.encode(closing, add_special_tokens=False)
         stops = [token for token in written if token in stops] or stops
-    return stops[0]
+    return None if stops[0] is None else int(stops[0])
 
 
 def digest(rows: Iterable[Row]) -> str:

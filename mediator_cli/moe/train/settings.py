@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.moe.train.select import What
 
-LEARNING_RATES: Mapping[str, float] = {"gates": 3e-3, "projectors": 1e-3, "attention": 1e-4, "all": 2e-5}
+LEARNING_RATES: Mapping[str, float] = {"gates": 1e-2, "projectors": 1e-3, "attention": 1e-4, "all": 2e-5}
 """Peak learning rates for what is trained; see README.md."""
 WARM_UP, FLOOR = 0.06, 0.1
 """Share of the steps in which the learning rate rises, and share of its peak at which it ends."""
@@ -32,9 +32,9 @@ class TrainSettings:
     """
 
     what: What = "gates"
-    steps: int = 200
+    steps: int = 300
     learning_rate: float | None = None
-    batch: int = 16
+    batch: int = 8
     length: int = 1024
     loss_on: Literal["answer", "text"] = "answer"
     load_balance: float = 0.0

@@ -7,7 +7,6 @@ was asked. Nothing else has a say in the steps to come: rows and random numbers 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +63,7 @@ def save_state(
     try:
         save_file(stored, partial, {"format": _FORMAT, "progress": json.dumps(vars(progress))})
         sync(partial)
-        os.replace(partial, file)
+        partial.replace(file)
         sync(file.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)

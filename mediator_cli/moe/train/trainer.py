@@ -94,7 +94,7 @@ def run_steps(course: Course, optimizer: torch.optim.Optimizer) -> Progress:
         trainer = _Trainer(
             model=course.student.model,
             args=_arguments(course),
-            train_dataset=list(course.steps[first:]),  # type: ignore[arg-type]
+            train_dataset=list(course.steps[first:]),
             data_collator=lambda step: {"rows": step[0]},
             optimizers=(
                 optimizer,

@@ -15,6 +15,7 @@ from mediator_cli.checkpoint.heterogeneous import (
     ROUTER,
     ROUTER_BIAS,
     body_tensor,
+    layer_sizes,
     projector_tensors,
 )
 from mediator_cli.checkpoint.hub.find import ONLINE, Access
@@ -218,11 +219,9 @@ def _made(
     shapes |= {ROUTER: (len(experts), width), ROUTER_BIAS: (len(experts),)}
     for number, expert in enumerate(experts):
         for which, ends in (("proj_in", (width, expert.body.width)), ("proj_out", (expert.body.width, width))):
-            inner = [spec.width or max(ends)] * (spec.depth - 1)
-            sizes = [ends[0], *inner, ends[1]]
-            for layer in range(spec.depth):
+            for layer, (first, second) in enumerate(layer_sizes(ends, spec.depth, spec.width)):
                 weight, bias = projector_tensors(number, which, layer)
-                shapes |= {weight: (sizes[layer + 1], sizes[layer]), bias: (sizes[layer + 1],)}
+                shapes |= {weight: (second, first), bias: (second,)}
     return shapes
 
 

@@ -65,8 +65,7 @@ def _features(
     folder: Path, embedding: TensorInfo, texts: Mapping[str, Sequence[str]]
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Give the mean embedding [rows, width] of each prompt, and the number of its expert [rows]."""
-    from mediator_cli.runtime.generate import chat_ids  # noqa: PLC0415 - imports torch
-    from mediator_cli.runtime.prompts import load_tokenizer  # noqa: PLC0415 - imports transformers
+    from mediator_cli.runtime.prompts import chat_ids, load_tokenizer  # noqa: PLC0415 - imports transformers
 
     tokenizer = load_tokenizer(folder)
     prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for group in texts.values() for text in group]

@@ -9,10 +9,10 @@ from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.layout import layers_of, unit_of
 from mediator_cli.checkpoint.moe_layout import FORMATS, PROJECTIONS
 from mediator_cli.errors import CheckpointError, Problem, did_you_mean
-from mediator_cli.plan.mixture import BASE, NO_PROMPTS, ExpertTexts
 from mediator_cli.plan.moe.formats import OUTSIDE, TAKEN, complete, default_format, formats_for
+from mediator_cli.plan.moe_plan import BASE, ExpertPrompts
 from mediator_cli.plan.prompts import read_prompts
-from mediator_cli.recipe.moe import AVERAGE
+from mediator_cli.recipe.moe import AVERAGE, NO_PROMPTS, OF_BASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,20 +31,20 @@ _ATTENTION_SETTINGS = (
 
 
 def block_tensor(layer: int, projection: str) -> str:
-    """Name a matrix of a dense feed-forward block, as all models that become a mixture call it."""
+    """Name a matrix of a dense feed-forward block, as all models that become an MoE call it."""
     return f"model.layers.{layer}.mlp.{projection}.weight"
 
 
 def expert_names(recipe: Recipe) -> tuple[str, ...]:
-    """Name the experts of the mixture, in the order of the gates' rows: those of the recipe, then the base if asked."""
+    """Name the experts of the MoE, in the order of the gates' rows: those of the recipe, then the base if asked."""
     names = tuple(expert.name for expert in recipe.experts)
-    return (*names, BASE) if recipe.mixture.base_expert else names
+    return (*names, BASE) if recipe.moe_spec.base_expert else names
 
 
 def format_name(recipe: Recipe, base: Checkpoint) -> str | None:
     """Choose the format that is written; None where none takes the base."""
-    if recipe.mixture.format != "auto":
-        return recipe.mixture.format
+    if recipe.moe_spec.format != "auto":
+        return recipe.moe_spec.format
     kind = str(base.config.get("model_type"))
     return default_format(kind, some_layers=len(certain_layers(recipe, base) or ()) < len(layers_of(base.tensors)))
 
@@ -69,9 +69,9 @@ def block_unit(layer: int, recipe: Recipe) -> str:
     return unit_of(block_tensor(layer, "down_proj"), recipe.conflict.unit)
 
 
-def check_mixture(loaded: LoadedRecipe) -> Iterator[Problem]:
-    """Say what is wrong with a mixture that needs no checkpoint to see."""
-    recipe, spec = loaded.recipe, loaded.recipe.mixture
+def check_moe(loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Say what is wrong with an MoE that needs no checkpoint to see."""
+    recipe, spec = loaded.recipe, loaded.recipe.moe_spec
     names = expert_names(recipe)
     if spec.experts_per_token > len(names):
         message = f"each token gets {spec.experts_per_token} experts, and there are {len(names)}"
@@ -96,11 +96,13 @@ def check_mixture(loaded: LoadedRecipe) -> Iterator[Problem]:
 
 
 def _check_prompts(loaded: LoadedRecipe, names: Sequence[str]) -> Iterator[Problem]:
-    spec = loaded.recipe.mixture
+    spec = loaded.recipe.moe_spec
     if spec.gates.method in NO_PROMPTS:
         return
     texts = read_texts(loaded)
-    without = [name for name in names if name != BASE and not texts[name].positive]
+    # Gates of the MoE's own states do without prompts of the base, which stands for all that no expert is for.
+    needed = [name for name in names if name != BASE or spec.gates.method in OF_BASE]
+    without = [name for name in needed if not texts[name].positive]
     if without:
         message = f"gates of method {spec.gates.method} need prompts of every expert, none are given for "
         message += ", ".join(without)
@@ -115,9 +117,9 @@ def _check_prompts(loaded: LoadedRecipe, names: Sequence[str]) -> Iterator[Probl
         seen.setdefault(own, name)
 
 
-def read_texts(loaded: LoadedRecipe) -> dict[str, ExpertTexts]:
-    """Read the prompts of all experts of the mixture: those in the recipe, else those of the file; none if faulty."""
-    spec, found = loaded.recipe.mixture, dict[str, ExpertTexts]()
+def read_texts(loaded: LoadedRecipe) -> dict[str, ExpertPrompts]:
+    """Read the prompts of all experts of the MoE: those in the recipe, else those of the file; none if faulty."""
+    spec, found = loaded.recipe.moe_spec, dict[str, ExpertPrompts]()
     files = {expert.name: expert.prompts for expert in loaded.recipe.experts}
     for name in expert_names(loaded.recipe):
         own, file = spec.experts.get(name), files.get(name)
@@ -127,7 +129,7 @@ def read_texts(loaded: LoadedRecipe) -> dict[str, ExpertTexts]:
                 positive = read_prompts(loaded.resolve(file))
             except CheckpointError:
                 positive = ()  # `check_router` tells what is wrong with the file.
-        found[name] = ExpertTexts(positive, own.negative_prompts if own else ())
+        found[name] = ExpertPrompts(positive, own.negative_prompts if own else ())
     return found
 
 
@@ -178,6 +180,10 @@ def _check_config(place: str, name: str, base: Checkpoint) -> Iterator[Problem]:
     if config.get("hidden_act") not in ("silu", "swish"):
         message = f"servers know experts with silu alone, and the base has {config.get('hidden_act')}"
         yield Problem(place, message, _BUNDLE)
+    head, heads = config.get("head_dim"), config.get("num_attention_heads", 1)
+    if name == "granitemoeshared" and head and head * heads != config.get("hidden_size"):
+        message = f"granitemoeshared has heads of hidden size / heads, and the base's have {head}"
+        yield Problem(place, message, "write `format: mixtral`, or leave the format out")
     is_mistral = base.config.get("model_type") == "mistral"
     slides = config.get("sliding_window") if is_mistral else config.get("use_sliding_window")
     if slides and not TAKEN[name].windows:
@@ -198,7 +204,7 @@ def _check_layers(loaded: LoadedRecipe, name: str, base: Checkpoint, able: Seque
 
 def _check_shared(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[ExpertSource]) -> Iterator[Problem]:
     """Refuse to average attention that works in different ways."""
-    if loaded.recipe.mixture.shared_from != AVERAGE:
+    if loaded.recipe.moe_spec.shared_from != AVERAGE:
         return
     own = attention_settings(base.config)
     for at, expert in enumerate(experts):

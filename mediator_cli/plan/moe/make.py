@@ -1,4 +1,4 @@
-"""From a plan of the dense model to that of the mixture: feed-forward blocks become experts, the rest is shared."""
+"""From a plan of the dense model to that of the MoE: feed-forward blocks become experts, the rest is shared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mediator_cli.checkpoint.spans import Part, Span
 from mediator_cli.checkpoint.write import NewTensor
 from mediator_cli.methods.method import ResolvedMethod
 from mediator_cli.methods.registry import resolve_method
-from mediator_cli.plan.mixture import BASE, MoePlan
 from mediator_cli.plan.moe.check import (
     block_tensor,
     certain_layers,
@@ -20,6 +19,7 @@ from mediator_cli.plan.moe.check import (
     read_texts,
 )
 from mediator_cli.plan.moe.formats import SHARED_WIDTH, TAKEN, moe_config
+from mediator_cli.plan.moe_plan import BASE, MoePlan
 from mediator_cli.recipe.moe import AVERAGE, MoeExpertSpec
 from mediator_cli.recipe.schema import AssignSpec
 
@@ -36,12 +36,12 @@ _ROW = 8
 DEFAULT_NEURONS = 0.25
 
 
-def plan_mixture(loaded: LoadedRecipe, base: Checkpoint) -> MoePlan | None:
-    """Say what mixture a recipe of kind moe makes, before its layers are known; None for other kinds."""
+def plan_moe(loaded: LoadedRecipe, base: Checkpoint) -> MoePlan | None:
+    """Say what MoE a recipe of kind moe makes, before its layers are known; None for other kinds."""
     name = format_name(loaded.recipe, base)
     if loaded.recipe.kind != "moe" or name is None:
         return None
-    spec = loaded.recipe.mixture
+    spec = loaded.recipe.moe_spec
     inner = base.tensors[block_tensor(0, "up_proj")].shape[0]
     if name == "granitemoeshared":
         inner = neuron_width(inner, spec.neurons or DEFAULT_NEURONS)
@@ -62,22 +62,22 @@ def neuron_width(inner: int, share: float) -> int:
 
 @dataclass(frozen=True)
 class _Made:
-    """A tensor of the mixture: which tensors, one behind the other, of which sources; zeros where there are none."""
+    """A tensor of the MoE: which tensors, one behind the other, of which sources; zeros where there are none."""
 
     tensor: TensorPlan
     names: tuple[str, ...]
     sources: tuple[str, ...]
 
 
-def as_mixture(plan: Plan, layers: Sequence[int]) -> Plan:
-    """Give the plan that writes the mixture: experts in these layers, copied; all else as the dense plan has it.
+def as_moe(plan: Plan, layers: Sequence[int]) -> Plan:
+    """Give the plan that writes the MoE: experts in these layers, copied; all else as the dense plan has it.
 
     The new plan routes nothing: what is left to decide by conflict was decided.
     """
     if plan.moe is None:
-        raise RuntimeError("the plan makes no mixture")
-    mixture = replace(plan.moe, layers=tuple(layers))
-    made = tuple(_all_tensors(plan, mixture))
+        raise RuntimeError("the plan makes no MoE")
+    moe = replace(plan.moe, layers=tuple(layers))
+    made = tuple(_all_tensors(plan, moe))
     recipe = plan.loaded.recipe.model_copy(update={"assign": AssignSpec(rule="none")})
     return replace(
         plan,
@@ -85,9 +85,9 @@ def as_mixture(plan: Plan, layers: Sequence[int]) -> Plan:
         tensors=tuple(each.tensor for each in made),
         candidates=(),
         listed=(),
-        settings=replace(plan.settings, config=_config(plan, mixture)),
+        settings=replace(plan.settings, config=_config(plan, moe)),
         inputs=_inputs({tensor.name: tensor.size for tensor in plan.tensors}, made),
-        moe=replace(mixture, made=tuple(_extra_tensors(plan, mixture))),
+        moe=replace(moe, made=tuple(_extra_tensors(plan, moe))),
     )
 
 
@@ -105,32 +105,32 @@ def _inputs(sizes: Mapping[str, int], made: Sequence[_Made]) -> dict[str, Layout
     return inputs
 
 
-def _config(plan: Plan, mixture: MoePlan) -> dict[str, Any]:
-    dense = [number for number in range(len(plan.layers)) if number not in (mixture.layers or ())]
-    form = mixture.format
-    return moe_config(plan.settings.config, form, len(mixture.experts), mixture.top_k, mixture.inner, dense)
+def _config(plan: Plan, moe: MoePlan) -> dict[str, Any]:
+    dense = [number for number in range(len(plan.layers)) if number not in (moe.layers or ())]
+    form = moe.format
+    return moe_config(plan.settings.config, form, len(moe.experts), moe.top_k, moe.inner, dense)
 
 
-def _all_tensors(plan: Plan, mixture: MoePlan) -> Iterator[_Made]:
+def _all_tensors(plan: Plan, moe: MoePlan) -> Iterator[_Made]:
     """Go through the dense model: its tensors as they are, or in the place of a block's first matrix its experts."""
-    blocks = {block_tensor(layer, p): (layer, p) for layer in mixture.layers or () for p in PROJECTIONS}
+    blocks = {block_tensor(layer, p): (layer, p) for layer in moe.layers or () for p in PROJECTIONS}
     for tensor in plan.tensors:
         if tensor.name not in blocks:
             yield _shared(plan, tensor, (tensor.name,))
             continue
         layer, projection = blocks[tensor.name]
-        if mixture.format.expert:
-            for number, name in enumerate(mixture.experts):
-                renamed = replace(tensor, name=mixture.format.expert_of(layer, number, projection))
-                yield _copy(renamed, tensor.name, name, mixture.spec.experts.get(name), projection)
+        if moe.format.expert:
+            for number, name in enumerate(moe.experts):
+                renamed = replace(tensor, name=moe.format.expert_of(layer, number, projection))
+                yield _copy(renamed, tensor.name, name, moe.spec.experts.get(name), projection)
         elif projection != "gate_proj":
             yield _shared_block(plan, tensor, layer, projection)
-    yield from _zeros(plan, mixture)
+    yield from _zeros(plan, moe)
 
 
 def _shared(plan: Plan, tensor: TensorPlan, names: tuple[str, ...]) -> _Made:
     """Merge a tensor as the dense plan says, or copy it from the source that all that is shared comes from."""
-    source = plan.loaded.recipe.mixture.shared_from
+    source = plan.loaded.recipe.moe_spec.shared_from
     if source == AVERAGE and tensor.average is not None:
         return _Made(tensor, names, tuple(expert.name for expert in plan.experts))
     if source in (AVERAGE, BASE):
@@ -167,16 +167,16 @@ def _copy(tensor: TensorPlan, name: str, source: str, spec: MoeExpertSpec | None
     return _Made(replace(tensor, average=method, weights=(1.0,), mixable=False), (name,), (source,))
 
 
-def _zeros(plan: Plan, mixture: MoePlan) -> Iterator[_Made]:
+def _zeros(plan: Plan, moe: MoePlan) -> Iterator[_Made]:
     """Add what the format has and the base may lack: biases of attention, a shared expert that adds nothing."""
     present = {tensor.name for tensor in plan.tensors}
     for layer in range(len(plan.layers)):
         like = _tensor_at(plan, block_tensor(layer, "down_proj"))
-        for name in TAKEN[mixture.format.name].zeros:
+        for name in TAKEN[moe.format.name].zeros:
             full, weight = f"model.layers.{layer}.{name}", f"model.layers.{layer}.{name.removesuffix('bias')}weight"
             if full not in present:
                 yield _zero(like, full, (_tensor_at(plan, weight).shape[0],))
-        if mixture.format.name == "qwen2_moe" and layer in (mixture.layers or ()):
+        if moe.format.name == "qwen2_moe" and layer in (moe.layers or ()):
             hidden = like.shape[0]
             for projection in PROJECTIONS:
                 shape = (hidden, SHARED_WIDTH) if projection == "down_proj" else (SHARED_WIDTH, hidden)
@@ -192,12 +192,12 @@ def _tensor_at(plan: Plan, name: str) -> TensorPlan:
     return next(tensor for tensor in plan.tensors if tensor.name == name)
 
 
-def _extra_tensors(plan: Plan, mixture: MoePlan) -> Iterator[NewTensor]:
+def _extra_tensors(plan: Plan, moe: MoePlan) -> Iterator[NewTensor]:
     """Say what is made when all else is written: gates, and beside them what no source has."""
-    form, n_experts = mixture.format, len(mixture.experts)
-    for layer in mixture.layers or ():
+    form, n_experts = moe.format, len(moe.experts)
+    for layer in moe.layers or ():
         like = _tensor_at(plan, block_tensor(layer, "down_proj"))
-        hidden, inner = like.shape[0], mixture.inner
+        hidden, inner = like.shape[0], moe.inner
         yield NewTensor(form.router_of(layer), like.dtype, (n_experts, hidden))
         stem = f"model.layers.{layer}"
         if form.name == "qwen2_moe":

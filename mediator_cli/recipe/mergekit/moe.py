@@ -34,7 +34,7 @@ _READ_BY_DEFAULT = 128
 """Prompts of an expert that gates read where the recipe does not say; mergekit-moe reads all."""
 
 
-def is_mixture(data: Mapping[str, Any]) -> bool:
+def is_moe(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file is a configuration of mergekit-moe."""
     if "version" in data or "merge_method" in data or "experts" not in data:
         return False
@@ -43,7 +43,7 @@ def is_mixture(data: Mapping[str, Any]) -> bool:
     return has_sources or any(key in data for key in _OWN_FIELDS)
 
 
-def from_mixture(source: Source) -> tuple[dict[str, Any], dict[FieldPath, int], tuple[str, ...]]:
+def from_moe(source: Source) -> tuple[dict[str, Any], dict[FieldPath, int], tuple[str, ...]]:
     """Translate a configuration; like `from_mergekit`."""
     problems = [*_check_models(source), *_check_choices(source)]
     if problems:
@@ -186,7 +186,7 @@ def _tell(draft: Draft) -> None:
         draft.notice(("architecture",), f"{message}`qwen moe` is qwen2_moe, which takes Llama too")
     experts = source.data["experts"]
     if len(experts) > 1 and len({reference_of(entry["source_model"]) for entry in experts}) == 1:
-        draft.notice(("experts",), "all experts are one model, so the mixture answers as it does until it is trained")
+        draft.notice(("experts",), "all experts are one model, so the MoE answers as it does until it is trained")
     if _mode(source) == "hidden_avg" and any(_has_several(entry) for entry in experts):
         draft.notice(("gate_mode",), "padding is left out of the mean of a prompt's states; mergekit-moe counts it")
 

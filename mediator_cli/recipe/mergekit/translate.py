@@ -13,7 +13,7 @@ from mediator_cli.recipe.mergekit.dtypes import write_dtype
 from mediator_cli.recipe.mergekit.forms import read_parts, reference_of
 from mediator_cli.recipe.mergekit.methods import COUNTERPARTS, IGNORED, KNOWN
 from mediator_cli.recipe.mergekit.models import check_roles, name_experts, with_base
-from mediator_cli.recipe.mergekit.moe import from_mixture, is_mixture
+from mediator_cli.recipe.mergekit.moe import from_moe, is_moe
 from mediator_cli.recipe.mergekit.parameters import check_parameters, tell_misplaced, write_part
 from mediator_cli.recipe.mergekit.source import Draft, Source
 from mediator_cli.recipe.mergekit.tokens import write_tokens
@@ -34,7 +34,7 @@ _KEYS = (
 
 def is_mergekit(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file is a configuration of mergekit, or of mergekit-moe."""
-    return "version" not in data and ("merge_method" in data or is_mixture(data))
+    return "version" not in data and ("merge_method" in data or is_moe(data))
 
 
 def from_mergekit(
@@ -46,8 +46,8 @@ def from_mergekit(
     RecipeError with all that has no counterpart.
     """
     source = Source(data, lines, place)
-    if is_mixture(data):
-        return from_mixture(source)
+    if is_moe(data):
+        return from_moe(source)
     problems = list(_check_keys(source))
     parts, faults = read_parts(source)
     problems += faults

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from mediator_cli.errors import CheckpointError, RecipeError
 from mediator_cli.moe.gates.fit import STRENGTHS, fit_gates
 from mediator_cli.moe.gates.formulas import ridge_gates
-from mediator_cli.moe.gates.settings import METHODS, ExpertPrompts, GateSettings
+from mediator_cli.moe.gates.settings import GateSettings
+from mediator_cli.plan.moe_plan import ExpertPrompts
 from mediator_cli.moe.layerwise import router_of
 
 NAMES = ("sums", "films", "base")
@@ -193,11 +194,3 @@ def test_states_that_are_not_finite_are_named_by_layer(tmp_path: Path) -> None:
 def test_dense_models_have_no_gates(folders: Mapping[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="is no Mixture of Experts"):
         fit_gates(folders["llama"], None, PROMPTS, NAMES, RIDGE)
-
-
-def test_all_methods_of_the_recipe_are_known() -> None:
-    from typing import get_args
-
-    from mediator_cli.recipe.moe import GateMethod
-
-    assert set(get_args(GateMethod)) == set(METHODS)

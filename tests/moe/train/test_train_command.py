@@ -1,5 +1,6 @@
 """`mediator train`: what it says, where, and what it refuses."""
 
+import gc
 import json
 import shlex
 from itertools import count
@@ -15,6 +16,12 @@ from mediator_cli.moe.train.state import state_file
 
 SHORT = ("--steps", 3, "--batch", 4, "--precision", "float32")
 SHARES = ("--rows", "sums.train.jsonl", "--rows", "films=films.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _no_collecting(monkeypatch):
+    """Accelerate looks for garbage among all that a test run holds, which takes longer than the training."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 @pytest.fixture

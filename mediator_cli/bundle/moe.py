@@ -22,7 +22,7 @@ class GatesRecord(Record):
     ]
 
 
-class MixtureRecord(Record):
+class MoeRecord(Record):
     """The experts that stock software finds in this folder, and how its gates were made."""
 
     format: str

@@ -1,4 +1,4 @@
-"""Recipes of kind moe: what stock transformers computes from the folder, against a naive mixture of the sources."""
+"""Recipes of kind moe: what stock transformers computes from the folder, against a naive MoE of the sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.bundle.verify import verify_bundle
 from mediator_cli.errors import RecipeError
 from mediator_cli.pipeline.merge import merge
-from mediator_cli.pipeline.mixture_plan import describe_mixture
+from mediator_cli.pipeline.moe_report import describe_moe
 from mediator_cli.pipeline.settings import Settings
 from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
@@ -129,7 +129,7 @@ class _Naive(torch.nn.Module):
 
 
 def _naive(family: Family, moe: Path, shared: Path, top_k: int, experts: tuple[str, ...] = ("a", "b")) -> torch.Tensor:
-    """Run a dense model with the experts' blocks, mixed by the gates of a mixture, in the layers that have gates."""
+    """Run a dense model with the experts' blocks, mixed by the gates of an MoE, in the layers that have gates."""
     model, dense = _load(shared), [_load(family.folder / name) for name in experts]
     for name, gate in _tensors(moe).items():
         if name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight")):
@@ -172,7 +172,7 @@ def test_shared_tensors_are_merged_and_a_reloaded_copy_is_the_same(llama: Family
 
 
 def _like(static: Path, folder: Path, family: Family) -> Path:
-    """Give a dense model the tensors that a mixture shares, all but its blocks."""
+    """Give a dense model the tensors that an MoE shares, all but its blocks."""
     tensors, shared = load_file(static / "model.safetensors"), _tensors(folder)
     save_file({n: shared.get(n, t) for n, t in tensors.items()}, static / "model.safetensors", {"format": "pt"})
     return static
@@ -200,7 +200,7 @@ def test_only_listed_layers_get_experts_and_the_others_the_mean(llama: Family) -
 
 def test_conflict_chooses_the_layers(llama: Family) -> None:
     plan = make_plan(load_recipe(llama.recipe("scored", assign={"rule": "top_k", "k": 2})))
-    report = describe_mixture(plan)
+    report = describe_moe(plan)
     assert (report.layers, report.rule, report.conflict_bytes > 0) == ((2, 2), "top_k", True)
     manifest = read_manifest(merge(plan, llama.folder / "scored", settings=Settings(workers=2)))
     assert manifest.moe is not None
@@ -242,7 +242,7 @@ def test_heads_are_shared_and_stay_tied_where_they_are(own_llama: Family) -> Non
 
 def test_the_plan_counts_what_is_written(llama: Family) -> None:
     plan = make_plan(load_recipe(llama.recipe("counted")))
-    report = describe_mixture(plan)
+    report = describe_moe(plan)
     folder = merge(plan, llama.folder / "counted", settings=Settings(workers=1))
     model = _load(folder)
     assert report.parameters == (model.num_parameters(),) * 2
@@ -324,6 +324,8 @@ def _refused(family: Family, *texts: str, **fields: Any) -> None:
         ({"moe": {**RANDOM, "experts": {"e7": {}}}}, ("no expert 'e7'",)),
         ({"moe": {**RANDOM, "experts": {"base": {}}}}, ("no expert 'base'", "base_expert: true")),
         ({"moe": {**RANDOM, "neurons": 0.5}}, ("granitemoeshared",)),
+        ({"moe": {**RANDOM, "experts": {"e0": {"noise_scale": 0.1}}, "format": "granitemoeshared"}},
+         ("noise differs everywhere",)),
         ({"moe": {}}, ("need prompts of every expert, none are given for e0, e1", "random")),
         ({"assign": {"rule": "none"}}, ("no layer experts", "kind: mediator")),
         ({"assign": {"rule": "top_k", "k": 1}, "moe": {**RANDOM, "format": "mixtral"}},
@@ -364,3 +366,11 @@ def test_biases_that_a_format_has_no_place_for_are_named(own_llama: Family) -> N
 def test_a_mixture_of_mixtures_is_refused(tmp_path: Path) -> None:
     family = _make(tmp_path, "mixtral")
     _refused(family, "of mixtral: they take")
+
+
+def test_granite_has_no_heads_of_another_size(own_llama: Family) -> None:
+    for name in ("base", "a", "b"):
+        edit_json(own_llama.folder / name / "config.json", head_dim=16)
+    _refused(
+        own_llama, "granitemoeshared has heads of hidden size / heads", moe={**RANDOM, "format": "granitemoeshared"}
+    )

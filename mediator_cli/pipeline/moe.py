@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mediator_cli.bundle.digest import digest_tensors
-from mediator_cli.bundle.mixture import GatesRecord, MixtureRecord
+from mediator_cli.bundle.moe import GatesRecord, MoeRecord
 from mediator_cli.checkpoint.moe_layout import PROJECTIONS
 from mediator_cli.checkpoint.read import narrow
 from mediator_cli.checkpoint.write import create_file, shard_name, write_at
@@ -20,7 +20,7 @@ from mediator_cli.pipeline.assign import assign_plan
 from mediator_cli.pipeline.conflicts import reuse_report, scores_by_measure
 from mediator_cli.pipeline.survey import analyze_conflicts
 from mediator_cli.plan.moe.check import block_unit
-from mediator_cli.plan.moe.make import as_mixture
+from mediator_cli.plan.moe.make import as_moe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from mediator_cli.kernels.arrays import Floats
     from mediator_cli.moe.gates.report import GateFit
     from mediator_cli.pipeline.settings import Settings
-    from mediator_cli.plan.mixture import MoePlan
     from mediator_cli.plan.model import Plan
+    from mediator_cli.plan.moe_plan import MoePlan
 
 
 @dataclass(frozen=True)
 class Made:
-    """The file of what no source has, the digests of its tensors, and what the manifest says of the mixture."""
+    """The file of what no source has, the digests of its tensors, and what the manifest says of the MoE."""
 
     file: str
     digests: Mapping[str, str]
-    record: MixtureRecord
+    record: MoeRecord
     notices: tuple[str, ...]
 
 
 def decide_layers(plan: Plan, conflicts: Path | None, run: Settings) -> tuple[Plan, ConflictReport | None]:
-    """Give the plan of the mixture, with experts in the layers that the rule chooses; conflict is measured if it asks.
+    """Give the plan of the MoE, with experts in the layers that the rule chooses; conflict is measured if it asks.
 
     Raises RecipeError where the rule chooses none.
     """
     if plan.moe is None or plan.moe.layers is not None:
-        return (as_mixture(plan, plan.moe.layers or ()) if plan.moe else plan), None
+        return (as_moe(plan, plan.moe.layers or ()) if plan.moe else plan), None
     report = _report(plan, conflicts, run)
     decisions = assign_plan(plan, scores_by_measure(plan, report))
     units = [block_unit(layer, plan.loaded.recipe) for layer in range(len(plan.layers))]
@@ -60,7 +60,7 @@ def decide_layers(plan: Plan, conflicts: Path | None, run: Settings) -> tuple[Pl
         message = f"by rule {plan.loaded.recipe.assign.rule} no layer gets experts"
         hint = "`mediator analyze-conflicts` shows the scores; choose a lower limit, or rule all"
         raise RecipeError(Problem(plan.loaded.place("assign", "rule"), message, hint))
-    return as_mixture(plan, layers), report
+    return as_moe(plan, layers), report
 
 
 def _report(plan: Plan, conflicts: Path | None, run: Settings) -> ConflictReport:
@@ -75,18 +75,18 @@ def made_file(n_shards: int) -> str:
     return shard_name(n_shards + 1, n_shards + 1)
 
 
-def write_made(plan: Plan, mixture: MoePlan, folder: Path, n_shards: int, run: Settings) -> Made:
+def write_made(plan: Plan, moe: MoePlan, folder: Path, n_shards: int, run: Settings) -> Made:
     """Write gates, fitted on the experts' prompts, and what a format wants beside them; all other files stand there."""
     name = made_file(n_shards)
-    infos = create_file(folder / name, mixture.made, {"format": "pt"})
+    infos = create_file(folder / name, moe.made, {"format": "pt"})
     _fill(folder / name, infos, _fixed(infos))
-    if mixture.format.name == "granitemoeshared":
+    if moe.format.name == "granitemoeshared":
         from mediator_cli.pipeline.neurons import write_neurons
 
-        write_neurons(plan, mixture, folder, infos, run)
-    gates = _fit_gates(plan, mixture, folder, run)
+        write_neurons(plan, moe, folder, infos, run)
+    gates = _fit_gates(plan, moe, folder, run)
     _fill(folder / name, infos, gates.gates)
-    return Made(name, digest_tensors(infos, run.workers), _record(plan, mixture, gates), gates.report.notices)
+    return Made(name, digest_tensors(infos, run.workers), _record(plan, moe, gates), gates.report.notices)
 
 
 def _fixed(infos: Mapping[str, TensorInfo]) -> dict[str, Floats]:
@@ -104,31 +104,30 @@ def _fill(file: Path, infos: Mapping[str, TensorInfo], arrays: Mapping[str, Floa
             write_at(stream.fileno(), file, bytes_of(stored), info.start)
 
 
-def _fit_gates(plan: Plan, mixture: MoePlan, folder: Path, run: Settings) -> GateFit:
+def _fit_gates(plan: Plan, moe: MoePlan, folder: Path, run: Settings) -> GateFit:
     """Fit the gates by running the folder that was written, layer by layer; only here is torch imported."""
     from mediator_cli.moe.gates.fit import fit_gates
-    from mediator_cli.moe.gates.settings import ExpertPrompts, GateSettings
+    from mediator_cli.moe.gates.settings import GateSettings
 
-    spec = mixture.gates
-    prompts = {name: ExpertPrompts(texts.positive, texts.negative) for name, texts in mixture.texts.items()}
+    spec = moe.gates
     seed = plan.loaded.recipe.seed
     settings = GateSettings(spec.method, spec.temperature, spec.strength, spec.chat, spec.prompts, seed)
-    return fit_gates(folder, plan.base.path, prompts, mixture.experts, settings, run.progress)
+    return fit_gates(folder, plan.base.path, moe.texts, moe.experts, settings, run.progress)
 
 
-def _record(plan: Plan, mixture: MoePlan, gates: GateFit) -> MixtureRecord:
+def _record(plan: Plan, moe: MoePlan, gates: GateFit) -> MoeRecord:
     total, active = parameters(plan)
-    return MixtureRecord(
-        format=mixture.format.name,
-        experts=mixture.experts,
-        experts_per_token=mixture.top_k,
-        layers=mixture.layers or (),
-        inner=mixture.inner,
-        shared_from=mixture.spec.shared_from,
+    return MoeRecord(
+        format=moe.format.name,
+        experts=moe.experts,
+        experts_per_token=moe.top_k,
+        layers=moe.layers or (),
+        inner=moe.inner,
+        shared_from=moe.spec.shared_from,
         n_parameters=total,
         n_active=active,
         gates=GatesRecord(
-            method=mixture.gates.method,
+            method=moe.gates.method,
             temperature=gates.report.temperature,
             n_prompts=gates.report.n_prompts,
             held_out=gates.report.held_out,
@@ -138,22 +137,22 @@ def _record(plan: Plan, mixture: MoePlan, gates: GateFit) -> MixtureRecord:
 
 
 def parameters(plan: Plan) -> tuple[int, int]:
-    """Count all parameters of a mixture, and those that a token passes through: its experts, and all that is shared."""
-    mixture = plan.moe
-    if mixture is None:
-        raise RuntimeError("the plan makes no mixture")
+    """Count all parameters of an MoE, and those that a token passes through: its experts, and all that is shared."""
+    moe = plan.moe
+    if moe is None:
+        raise RuntimeError("the plan makes no MoE")
     sizes = {tensor.name: tensor.size for tensor in plan.tensors}
-    sizes |= {tensor.name: prod(tensor.shape) for tensor in mixture.made}
+    sizes |= {tensor.name: prod(tensor.shape) for tensor in moe.made}
     total, routed = sum(sizes.values()), 0
-    for layer in mixture.layers or ():
-        if mixture.format.expert:
+    for layer in moe.layers or ():
+        if moe.format.expert:
             names = [
-                mixture.format.expert_of(layer, number, projection)
-                for number in range(len(mixture.experts))
+                moe.format.expert_of(layer, number, projection)
+                for number in range(len(moe.experts))
                 for projection in PROJECTIONS
             ]
         else:
             stem = f"model.layers.{layer}.block_sparse_moe"
             names = [f"{stem}.input_linear.weight", f"{stem}.output_linear.weight"]
         routed += sum(sizes[name] for name in names)
-    return total, total - routed + routed * mixture.top_k // len(mixture.experts)
+    return total, total - routed + routed * moe.top_k // len(moe.experts)

@@ -9,11 +9,11 @@ from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import Manifest
-    from mediator_cli.bundle.mixture import MixtureRecord
-    from mediator_cli.pipeline.mixture_plan import Ends, MixtureReport
+    from mediator_cli.bundle.moe import MoeRecord
+    from mediator_cli.pipeline.moe_report import Ends, MoeReport
 
 
-def mixture_rows(report: MixtureReport) -> list[tuple[str, str]]:
+def moe_rows(report: MoeReport) -> list[tuple[str, str]]:
     """Tell what a plan of kind moe will write."""
     shared = "averaged" if report.shared_from == "average" else f"copied from {report.shared_from}"
     layers = "all that the rule chooses" if report.layers[0] != report.layers[1] else ""
@@ -35,11 +35,11 @@ def _millions(ends: Ends) -> str:
     return " to ".join(f"{n / 1e6:,.1f}M" for n in dict.fromkeys(ends))
 
 
-def print_mixture(place: str, manifest: Manifest, record: MixtureRecord) -> None:
-    """Print what a written mixture holds."""
+def print_moe(place: str, manifest: Manifest, record: MoeRecord) -> None:
+    """Print what a written MoE holds."""
     size, own = manifest.sizes.dense, manifest.sizes.full_models
     shared = "averaged" if record.shared_from == "average" else f"copied from {record.shared_from}"
-    say(f"mixture       {place}")
+    say(f"MoE           {place}")
     say(f"format        {record.format}; all that is no expert is {shared}")
     say(f"experts       {', '.join(record.experts)}; {record.experts_per_token} for each token")
     say(f"in layers     {_layers(record.layers)}")
@@ -49,7 +49,7 @@ def print_mixture(place: str, manifest: Manifest, record: MixtureRecord) -> None
     say(f"against       {human_bytes(own)} for {len(manifest.experts)} full models ({size / max(1, own):.0%} of that)")
 
 
-def _gates(record: MixtureRecord) -> str:
+def _gates(record: MoeRecord) -> str:
     right, which = record.gates.agreement, "held-out tokens" if record.gates.held_out else "tokens"
     told = f", {sum(right.values()) / len(right):.0%} of {which} choose their own expert first" if right else ""
     return f"{record.gates.method}{told}"

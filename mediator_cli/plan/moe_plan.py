@@ -10,15 +10,13 @@ if TYPE_CHECKING:
 
     from mediator_cli.checkpoint.moe_layout import MoeFormat
     from mediator_cli.checkpoint.write import NewTensor
-    from mediator_cli.recipe.moe import GateMethod, GateSpec, MoeSpec
+    from mediator_cli.recipe.moe import GateSpec, MoeSpec
 
 BASE = "base"
-NO_PROMPTS: tuple[GateMethod, ...] = ("random", "uniform_random")
-"""Gates that need no prompts."""
 
 
 @dataclass(frozen=True)
-class ExpertTexts:
+class ExpertPrompts:
     """What an expert is for and what it is not for, in the words of its prompts; none of either for some gates."""
 
     positive: tuple[str, ...] = ()
@@ -27,7 +25,7 @@ class ExpertTexts:
 
 @dataclass(frozen=True)
 class MoePlan:
-    """The mixture: format, experts in the order of the gates' rows, their prompts, neurons of an expert.
+    """The MoE: format, experts in the order of the gates' rows, their prompts, neurons of an expert.
 
     `inner` is the width of an expert, `layers` those that have experts: None before conflict is measured.
     `made` are the tensors that no source has: gates, and what a format wants beside them.
@@ -38,7 +36,7 @@ class MoePlan:
     top_k: int
     inner: int
     spec: MoeSpec
-    texts: Mapping[str, ExpertTexts]
+    texts: Mapping[str, ExpertPrompts]
     layers: tuple[int, ...] | None = None
     made: tuple[NewTensor, ...] = ()
 

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.pipeline.cost import conflict_share, source_bytes
-from mediator_cli.pipeline.mixture import parameters
+from mediator_cli.pipeline.moe import parameters
 from mediator_cli.pipeline.settings import dense_bytes
 from mediator_cli.plan.moe.check import block_unit
-from mediator_cli.plan.moe.make import as_mixture
+from mediator_cli.plan.moe.make import as_moe
 
 if TYPE_CHECKING:
     from mediator_cli.plan.model import Plan
-    from mediator_cli.plan.mixture import MoePlan
+    from mediator_cli.plan.moe_plan import MoePlan
 
 Ends = tuple[int, int]
 """From the least to the most that the rule can choose."""
 
 
-class MixtureReport(BaseModel):
+class MoeReport(BaseModel):
     """What will be written: pairs from the least to the most that the rule can choose; `active` are a token's.
 
     `conflict_bytes` are read to choose the layers.
@@ -42,25 +42,25 @@ class MixtureReport(BaseModel):
     conflict_bytes: int
 
 
-def widest_mixture(plan: Plan) -> Plan:
-    """Give the mixture with experts in all layers that the rule can choose."""
-    return as_mixture(plan, range(_layer_range(plan)[1]) if _mixture(plan).layers is None else _certain(plan))
+def widest_moe(plan: Plan) -> Plan:
+    """Give the MoE with experts in all layers that the rule can choose."""
+    return as_moe(plan, range(_layer_range(plan)[1]) if _mixture(plan).layers is None else _certain(plan))
 
 
-def describe_mixture(plan: Plan) -> MixtureReport:
+def describe_moe(plan: Plan) -> MoeReport:
     """Put a plan of kind moe, whose layers may still depend on conflict, in numbers."""
-    mixture = _mixture(plan)
-    ends = (as_mixture(plan, range(max(1, _layer_range(plan)[0]))), widest_mixture(plan))
-    ends = ends if mixture.layers is None else (ends[1], ends[1])
+    moe = _mixture(plan)
+    ends = (as_moe(plan, range(max(1, _layer_range(plan)[0]))), widest_moe(plan))
+    ends = ends if moe.layers is None else (ends[1], ends[1])
     (least, least_active), (most, most_active) = (parameters(each) for each in ends)
-    is_measured = mixture.layers is None
-    return MixtureReport(
-        format=mixture.format.name,
-        experts=mixture.experts,
-        experts_per_token=mixture.top_k,
-        inner=mixture.inner,
-        shared_from=mixture.spec.shared_from,
-        gates=mixture.gates.method,
+    is_measured = moe.layers is None
+    return MoeReport(
+        format=moe.format.name,
+        experts=moe.experts,
+        experts_per_token=moe.top_k,
+        inner=moe.inner,
+        shared_from=moe.spec.shared_from,
+        gates=moe.gates.method,
         rule=plan.loaded.recipe.assign.rule,
         layers=(max(1, _layer_range(plan)[0]), _layer_range(plan)[1]),
         parameters=(least, most),
@@ -72,7 +72,7 @@ def describe_mixture(plan: Plan) -> MixtureReport:
 
 def _mixture(plan: Plan) -> MoePlan:
     if plan.moe is None:
-        raise RuntimeError("the plan makes no mixture")
+        raise RuntimeError("the plan makes no MoE")
     return plan.moe
 
 
@@ -82,9 +82,9 @@ def _certain(plan: Plan) -> tuple[int, ...]:
 
 def _layer_range(plan: Plan) -> Ends:
     """Bound the layers that get experts."""
-    mixture, spec = _mixture(plan), plan.loaded.recipe.assign
-    if mixture.layers is not None:
-        return len(mixture.layers), len(mixture.layers)
+    moe, spec = _mixture(plan), plan.loaded.recipe.assign
+    if moe.layers is not None:
+        return len(moe.layers), len(moe.layers)
     able = sum(block_unit(layer, plan.loaded.recipe) in plan.candidates for layer in range(len(plan.layers)))
     # With blocks as units, some of the k may be attention.
     if spec.rule == "top_k" and plan.loaded.recipe.conflict.unit == "layer":
