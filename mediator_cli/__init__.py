@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mediator_cli.errors import MediatorError
     from mediator_cli.methods.registry import merge_method
     from mediator_cli.pipeline.merge import merge
-    from mediator_cli.pipeline.survey import analyze_conflicts
     from mediator_cli.pipeline.settings import Settings
+    from mediator_cli.pipeline.survey import analyze_conflicts
     from mediator_cli.plan.make import make_plan
     from mediator_cli.recipe.load import load_recipe
     from mediator_cli.runtime.model import RoutedModel

@@ -256,7 +256,8 @@ def test_an_override_is_refused_by_the_mode_it_leads_to(
 # --- interrupted
 
 
-@pytest.mark.parametrize("mode", ["emr", pytest.param("tall", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["emr", "tall"])
 def test_a_killed_merge_goes_on_to_the_same_bytes(workshop: Workshop, mode: str) -> None:
     sparse, basis = {"mode": "sparse", "density": 0.3, "values": "int8"}, {"mode": "basis"}
     overrides = [{"match": "*self_attn*", "extract": sparse}, {"match": "*down*", "extract": basis}]

@@ -27,7 +27,7 @@ def noisy_copy(
     weights: Doubles,
     *,
     scale: Annotated[float, Field(allow_inf_nan=False, description="Factor on every entry, its noise included.")] = 1.0,
-    noise: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Standard deviation of the noise.")] = 0.001,
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Standard deviation of the noise.")] = 0.0,
     uniforms: Floats,
 ) -> Floats:
     """Pass the only expert's tensors on with Gaussian noise added: scale · (W₁ + noise · N(0, 1)).

@@ -158,7 +158,7 @@ def open_layerwise(folder: Path, dtype: torch.dtype = torch.float32) -> Layerwis
 
 
 def model_layout(model: LayerwiseModel) -> MoeLayout:
-    """Give the layout of a mixture; raise CheckpointError where the model is dense or of an unknown format."""
+    """Give the layout of an MoE; raise CheckpointError where the model is dense or of an unknown format."""
     if model.layout is not None:
         return model.layout
     return moe_layout(str(model.folder), read_json(model.folder / "config.json"), model.tensors)

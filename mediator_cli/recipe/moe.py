@@ -44,7 +44,7 @@ class GateSpec(Strict):
     chat: Annotated[
         bool | None,
         Field(
-            description="Whether prompts are put in the chat template. Default: where the mixture reads them, as they "
+            description="Whether prompts are put in the chat template. Default: where the MoE reads them, as they "
             "will be asked; not where the base does."
         ),
     ] = None
@@ -54,7 +54,7 @@ class GateSpec(Strict):
 
 
 class MoeExpertSpec(Strict):
-    """What holds for one expert of the mixture alone."""
+    """What holds for one expert of the MoE alone."""
 
     positive_prompts: Annotated[
         Prompts, Field(strict=False, description="Texts that this expert is for; default: those in its `prompts` file.")

@@ -1,4 +1,4 @@
-"""Two really different experts in one model: `make heterogeneous`, after `make demo-experts`; about 15 minutes.
+"""Two really different experts in one model: `make heterogeneous`, after `make demo-experts`; some 15 idle minutes.
 
 Trains a small GPT-NeoX on letters, joins it with the demo's maths expert, trains the projectors for some minutes, and
 measures all on both tasks; beside them the experts as they are behind a router that reads the prompt.

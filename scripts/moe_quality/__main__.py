@@ -1,6 +1,6 @@
 """What a Mixture of Experts is worth: python -m scripts.moe_quality [TEXT ...], after make demo; about two hours.
 
-The demo's four experts as static merges, bundles and mixtures of every kind, each asked the same test rows. With texts,
+The demo's four experts as static merges, bundles and MoEs of every kind, each asked the same test rows. With texts,
 only trials whose name has one of them. Results are kept in demo/mixtures, so a run that was stopped goes on.
 `python -m scripts.moe_quality.report` puts them into mediator_cli/moe/README.md.
 """
@@ -113,7 +113,7 @@ def evaluate(folder: Path, trial: Trial, rows: int) -> dict[str, Any]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Tell the parameters of a mixture, in all and for a token, by its config and tensors."""
+    """Tell the parameters of an MoE, in all and for a token, by its config and tensors."""
     from scripts.moe_quality.sizes import parameters
 
     return parameters(folder) if (folder / "config.json").exists() else {}

@@ -1,4 +1,4 @@
-"""What is compared: sources, static merges, bundles, mixtures with every gate, trained, cut and compressed ones."""
+"""What is compared: sources, static merges, bundles, MoEs with every gate, trained, cut and compressed ones."""
 
 from __future__ import annotations
 
@@ -77,23 +77,23 @@ def _bundles() -> Iterator[Trial]:
 
 def _mixtures() -> Iterator[Trial]:
     for method in GATES:
-        yield Trial("mixture, mean shared", f"gates {method}", moe(gates={"method": method}))
+        yield Trial("MoE, mean shared", f"gates {method}", moe(gates={"method": method}))
     for name, average in list(SHARED.items())[1:]:
-        yield Trial("mixture", f"{name} shared, gates {DEFAULT_GATES}", moe(average))
+        yield Trial("MoE", f"{name} shared, gates {DEFAULT_GATES}", moe(average))
     base = moe(shared_from="base")
-    yield Trial("mixture", f"base shared, gates {DEFAULT_GATES}", base)
+    yield Trial("MoE", f"base shared, gates {DEFAULT_GATES}", base)
     for top_k in (1, 4):
-        yield Trial("mixture", f"mean shared, gates {DEFAULT_GATES}, top {top_k}", moe(experts_per_token=top_k))
-    yield Trial("mixture", f"mean shared, gates {DEFAULT_GATES}, base as fifth expert", moe(base_expert=True))
+        yield Trial("MoE", f"mean shared, gates {DEFAULT_GATES}, top {top_k}", moe(experts_per_token=top_k))
+    yield Trial("MoE", f"mean shared, gates {DEFAULT_GATES}, base as fifth expert", moe(base_expert=True))
     conflicted = {**moe(), "assign": {"rule": "mean_std"}}
-    yield Trial("mixture", f"conflicted layers only, gates {DEFAULT_GATES}", conflicted)
+    yield Trial("MoE", f"conflicted layers only, gates {DEFAULT_GATES}", conflicted)
 
 
 def _trained() -> Iterator[Trial]:
     train = ("train", "--what", "gates", "--steps", STEPS)
     for name, average in SHARED.items():
-        yield Trial("mixture, gates trained", f"{name} shared, from {DEFAULT_GATES}", moe(average), (train,))
-    yield Trial("mixture, gates trained", "mean (BTX) shared, from random", moe(gates={"method": "random"}), (train,))
+        yield Trial("MoE, gates trained", f"{name} shared, from {DEFAULT_GATES}", moe(average), (train,))
+    yield Trial("MoE, gates trained", "mean (BTX) shared, from random", moe(gates={"method": "random"}), (train,))
 
 
 def _smaller() -> Iterator[Trial]:
@@ -107,6 +107,6 @@ def _smaller() -> Iterator[Trial]:
 
 
 def moe(average: Mapping[str, Any] = MEAN, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - recipe data
-    """Write the part of a recipe that makes a mixture."""
+    """Write the part of a recipe that makes an MoE."""
     spec = {"gates": {"method": DEFAULT_GATES}, **fields}
     return {"kind": "moe", "average": dict(average), "moe": {**spec, "gates": {**spec["gates"], "prompts": PROMPTS}}}

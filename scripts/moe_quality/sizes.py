@@ -9,7 +9,7 @@ from mediator_cli.checkpoint.source import open_checkpoint
 
 
 def parameters(folder: Path) -> dict[str, int]:
-    """Count all parameters of the dense model or mixture in a folder, and the active ones."""
+    """Count all parameters of the dense model or MoE in a folder, and the active ones."""
     checkpoint = open_checkpoint(folder)
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
     total = sum(sizes.values())

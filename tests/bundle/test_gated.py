@@ -107,6 +107,7 @@ def test_shared_arrays_that_are_missing_are_told(tmp_path):
         check_shares(expert.files[0], "T", {})
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found(workshop):
     folder = workshop.merge("out", assign={"rule": "all"}, extract=EMR)
     for name in ("shared.safetensors", "experts/a.safetensors"):

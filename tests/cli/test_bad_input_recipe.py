@@ -51,7 +51,12 @@ RAW = {
     "no experts": (HEAD, "recipe.yaml:1 experts", "is required", "add `experts`"),
     "no version": ("base: ./base\n" + EXPERTS, "recipe.yaml:1 version", "is required", "add `version`"),
     "other version": ("version: 2\nbase: ./base\n" + EXPERTS, "recipe.yaml:1 version", "should be 1 (got 2)", "schema"),
-    "other kind": (HEAD + EXPERTS + "kind: moe\n", "recipe.yaml:4 kind", "should be 'mediator' (got 'moe')", "schema"),
+    "other kind": (
+        HEAD + EXPERTS + "kind: dense\n",
+        "recipe.yaml:4 kind",
+        "should be 'mediator' or 'moe' (got 'dense')",
+        "schema",
+    ),
     "empty experts": (HEAD + "experts: []\n", "recipe.yaml:3 experts", "at least 1 item", "schema"),
     "expert without model": (
         HEAD + "experts:\n- name: a\n",

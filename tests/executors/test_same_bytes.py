@@ -13,7 +13,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("fields", RECIPES.values(), ids=RECIPES)
+EACH = [pytest.param(each, id=name, marks=pytest.mark.slow if name == "emr" else ()) for name, each in RECIPES.items()]
+
+
+@pytest.mark.parametrize("fields", EACH)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_processes_gives_the_same_bytes(workshop, fields, world):
     expected = all_files(workshop.merge("recipe", **fields, **SHARDED))

@@ -116,7 +116,7 @@ def test_tiny_inputs_give_finite_results(method, m):
 @each_case
 def test_only_random_methods_look_at_random_numbers(method):
     inputs, weights, uniforms = draw(method, 1000)
-    if method.method.random and method.params["density"] < 1:
+    if method.method.random and method.params.get("density", 1) < 1:
         none_kept = call(method, inputs, weights, np.full_like(uniforms, 1 - 2**-24))
         assert np.count_nonzero(none_kept) == 0
     else:

@@ -194,6 +194,7 @@ def quick(workshop, monkeypatch, tmp_path):
     return workshop
 
 
+@pytest.mark.slow
 def test_all_that_a_plan_needs_can_be_measured(quick):
     experts = [{"name": "a", "model": "./a"}, {"name": "b", "model": "./b"}, {"name": "lora", "model": "./lora"}]
     overrides = [

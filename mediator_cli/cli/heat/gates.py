@@ -1,4 +1,4 @@
-"""What the gates of a mixture choose: tables in the terminal, a page, and a picture of layers by experts."""
+"""What the gates of an MoE choose: tables in the terminal, a page, and a picture of layers by experts."""
 
 from __future__ import annotations
 

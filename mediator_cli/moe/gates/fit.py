@@ -142,12 +142,12 @@ def _with_prompts(job: _Job, base: Path | None, prompts: Mapping[str, ExpertProm
 def _base_for(job: _Job, base: Path | None) -> LayerwiseModel:
     """Open the base; raise RecipeError where it is not given, CheckpointError where its states are of another shape."""
     if base is None:
-        hint = "name it, or use centred, ridge or logistic, which read the mixture itself"
+        hint = "name it, or use centred, ridge or logistic, which read the MoE itself"
         raise RecipeError(Problem("base", f"gates '{job.settings.method}' read the base model", hint))
     opened = open_layerwise(base)
     sizes = [(model.n_layers, model.hidden_size) for model in (opened, job.model)]
     if sizes[0] != sizes[1]:
-        message = f"has {sizes[0][0]} layers of width {sizes[0][1]}, the mixture {sizes[1][0]} of {sizes[1][1]}"
+        message = f"has {sizes[0][0]} layers of width {sizes[0][1]}, the MoE {sizes[1][0]} of {sizes[1][1]}"
         raise CheckpointError(Problem(str(base), message, "give the base that the experts were tuned from"))
     return opened
 

@@ -1,4 +1,4 @@
-"""Which experts the gates of a mixture choose on the prompts of tasks, layer by layer."""
+"""Which experts the gates of an MoE choose on the prompts of tasks, layer by layer."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def look_at_gates(
     most: int = N_PROMPTS,
     progress: Progress = lambda stage, done, total: None,
 ) -> GateLook:
-    """Run the prompts of tasks through a mixture, one layer in memory at a time, and note what its gates choose.
+    """Run the prompts of tasks through an MoE, one layer in memory at a time, and note what its gates choose.
 
     Of each task at most `most` prompts are read; tokens that all prompts begin with, such as a system message, are
     not counted. Experts without names are called by their numbers. Raises CheckpointError where the model is damaged

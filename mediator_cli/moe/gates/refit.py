@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def expert_names(folder: Path, given: Sequence[str] = ()) -> tuple[str, ...]:
-    """Name the experts of a mixture in the order of its gates' rows: as given, or as its manifest says.
+    """Name the experts of an MoE in the order of its gates' rows: as given, or as its manifest says.
 
-    Empty where neither names them. Raises CheckpointError where the folder is no mixture, RecipeError where the names
+    Empty where neither names them. Raises CheckpointError where the folder is no MoE, RecipeError where the names
     given are not as many as its experts.
     """
     n_experts = len(_numbers(folder))
@@ -44,7 +44,7 @@ def _numbers(folder: Path) -> tuple[str, ...]:
 
 
 def manifest_of(folder: Path) -> Manifest | None:
-    """Read the manifest of a mixture that this program wrote; None where there is none."""
+    """Read the manifest of an MoE that this program wrote; None where there is none."""
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
@@ -58,7 +58,7 @@ def refit_gates(
     base: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> GateFit:
-    """Make the gates of a mixture anew and write them to `target`, a new folder or the same one.
+    """Make the gates of an MoE anew and write them to `target`, a new folder or the same one.
 
     `names` are the experts in the order of the gates' rows; none: their numbers. A manifest is renewed: digests, and
     how the gates were made. Raises as `fit_gates` and `retouch` do, before anything is written.

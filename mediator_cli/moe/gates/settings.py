@@ -21,7 +21,7 @@ _N_PROMPTS = 64
 class GateSettings:
     """How gates are made.
 
-    `temperature` divides the gates: below 1 the first expert of a token gets more of it. Gates that read the mixture's
+    `temperature` divides the gates: below 1 the first expert of a token gets more of it. Gates that read the MoE's
     own states are calibrated first, so that at 1 their softmax is how likely a token is to come from an expert's
     prompts. `strength` is the penalty of ridge, as a share of the mean square of a state's entries, and of logistic,
     per token. `chat` tells whether prompts are put in the chat template; None: as they will be asked where the MoE
@@ -44,7 +44,7 @@ class GateSettings:
 
     @property
     def mixture_chats(self) -> bool:
-        """Whether the mixture reads prompts in the chat template."""
+        """Whether the MoE reads prompts in the chat template."""
         return self.chat is not False
 
     @property
@@ -72,7 +72,7 @@ def check_prompts(method: GateMethod, prompts: Mapping[str, ExpertPrompts], expe
     if method in NO_PROMPTS:
         return
     problems = [
-        Problem(name, "has prompts, but is no expert of this mixture", did_you_mean(name, experts))
+        Problem(name, "has prompts, but is no expert of this MoE", did_you_mean(name, experts))
         for name in prompts
         if name not in experts
     ]

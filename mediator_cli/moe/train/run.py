@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +21,11 @@ from mediator_cli.moe.train.rows import Encoder, digest, end_token, fitting, sch
 from mediator_cli.moe.train.select import trainable
 from mediator_cli.moe.train.settings import TrainSettings, check_settings
 from mediator_cli.moe.train.state import Progress, check_same, load_state, read_progress, state_file
-from mediator_cli.moe.train.trainer import Course, make_optimizer, run_steps, unheard
+from mediator_cli.moe.train.trainer import Course, NotFinite, make_optimizer, run_steps, unheard
 from mediator_cli.runtime.prompts import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mediator_cli.moe.train.model import Source, Student
@@ -71,49 +72,45 @@ def train(
     settings = settings or TrainSettings()
     file = state_file(target)
     done = _check_place(folder, target, file, mode)
-    try:
-        return _train(folder, rows, target, settings, held_out or {}, done, hear)
-    except BaseException as error:
-        if file.is_file():
-            # What the command line tells with the command that goes on.
-            error.add_note(f"kept: {read_progress(file).step} of {settings.steps} steps are kept")
-        raise
-
-
-def _train(
-    folder: Path,
-    rows: Mapping[str, Sequence[Row]],
-    target: Path,
-    settings: TrainSettings,
-    held_out: Mapping[str, Sequence[Row]],
-    done: Progress | None,
-    hear: Hear,
-) -> TrainReport:
-    file = state_file(target)
-    work = _prepare(folder, rows, held_out, settings)
+    work = _prepare(folder, rows, held_out or {}, settings)
     if done is not None:
         check_same(file, done, work.key)
     else:
         file.unlink(missing_ok=True)
     longest = max(line_tokens([row]) for tasks in (work.training, work.held) for task in tasks.values() for row in task)
     student = open_student(work.source, work.names, settings, max(longest, settings.width))
-    optimizer = make_optimizer(student, settings)
+    with _told_what_is_kept(file, settings.steps):
+        report = _run(work, student, file, done, hear)
+        _publish(folder, target, student, report)
+    file.unlink(missing_ok=True)
+    return report
+
+
+def _run(work: _Work, student: Student, file: Path, done: Progress | None, hear: Hear) -> TrainReport:
+    settings, optimizer = work.settings, make_optimizer(student, work.settings)
     if done is None:
         before = measure(student, work.held, settings, "measuring", hear)
         done = Progress(0, (), work.key, {task: asdict(found) for task, found in before.items()})
     else:
         load_state(file, student.parameters, optimizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = run_steps(Course(student, work.steps, settings, file, done, hear), optimizer)
-    except MediatorError:
+    except NotFinite:
         # The same steps would end in the same place again.
         file.unlink(missing_ok=True)
         raise
-    report = _report(work, student, done, measure(student, work.held, settings, "measuring again", hear))
-    _publish(folder, target, student, report)
-    file.unlink(missing_ok=True)
-    return report
+    return _report(work, student, done, measure(student, work.held, settings, "measuring again", hear))
+
+
+@contextmanager
+def _told_what_is_kept(file: Path, steps: int) -> Iterator[None]:
+    """Note on whatever ends a training early what it goes on from; the command line tells it."""
+    try:
+        yield
+    except BaseException as error:
+        if file.is_file():
+            error.add_note(f"kept: {read_progress(file).step} of {steps} steps are kept")
+        raise
 
 
 def _check_place(folder: Path, target: Path, file: Path, mode: Mode) -> Progress | None:

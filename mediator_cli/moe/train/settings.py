@@ -56,7 +56,7 @@ def rate(step: int, steps: int) -> float:
     """Give the share of the peak learning rate at a step, from 0: a straight rise, then half a cosine.
 
     >>> [round(rate(step, 50), 2) for step in (0, 1, 2, 3, 26, 49)]
-    [0.33, 0.67, 1.0, 1.0, 0.56, 0.1]
+    [0.33, 0.67, 1.0, 1.0, 0.57, 0.1]
     """
     warm = max(1, round(WARM_UP * steps))
     if step < warm:

@@ -45,13 +45,15 @@ class Progress:
 
 def state_file(target: Path) -> Path:
     """Say where the state of a training that becomes `target` lies."""
-    return target.parent / f".{target.name}.training.safetensors"
+    place = target.resolve()
+    return place.parent / f".{place.name}.training.safetensors"
 
 
 def save_state(
     file: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
     """Write parameters, moments and progress beside the file, then rename; raise OutputError when that fails."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
@@ -61,13 +63,14 @@ def save_state(
     partial = file.with_name(f"{file.name}.new")
     stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file(stored, partial, {"format": _FORMAT, "progress": json.dumps(vars(progress))})
         sync(partial)
         partial.replace(file)
         sync(file.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise write_error(file, error) from None
+        raise write_error(file, error if isinstance(error, OSError) else OSError(str(error))) from None
 
 
 def read_progress(file: Path) -> Progress:

@@ -53,6 +53,10 @@ def unheard(_: Beat) -> None:
     """Tell nobody."""
 
 
+class NotFinite(MediatorError):
+    """A loss or gradient is NaN or infinite."""
+
+
 @dataclass
 class Course:
     """A training on its way: the rows of all steps, how far it is, and where its state is kept."""
@@ -71,7 +75,7 @@ class Course:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             message = f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite"
             hint = f"lower --learning-rate, which is {self.settings.peak:g}; nothing was changed"
-            raise MediatorError(Problem(f"step {done.step + 1}", message, hint))
+            raise NotFinite(Problem(f"step {done.step + 1}", message, hint))
         now = time.monotonic()
         self.progress = replace(
             done, losses=(*done.losses, loss), tokens=done.tokens + tokens, seconds=done.seconds + now - self.started

@@ -17,8 +17,8 @@ from mediator_cli.errors import CheckpointError, RecipeError
 from mediator_cli.moe.gates.fit import STRENGTHS, fit_gates
 from mediator_cli.moe.gates.formulas import ridge_gates
 from mediator_cli.moe.gates.settings import GateSettings
-from mediator_cli.plan.moe_plan import ExpertPrompts
 from mediator_cli.moe.layerwise import router_of
+from mediator_cli.plan.moe_plan import ExpertPrompts
 
 NAMES = ("sums", "films", "base")
 WORDY = ("and", "the", "is", "a", "of")
@@ -155,7 +155,7 @@ NO_BASE = {name: PROMPTS[name] for name in ("sums", "films")}
     [
         (RIDGE, NONE, NAMES, "films: this expert has no prompts\n  hint: .*random, uniform_random"),
         (RIDGE, SAME, NAMES, "sums, films: have the same prompts"),
-        (RIDGE, PROMPTS, ("sums", "film", "base"), "films: has prompts, but is no expert of this mixture"),
+        (RIDGE, PROMPTS, ("sums", "film", "base"), "films: has prompts, but is no expert of this MoE"),
         (RIDGE, PROMPTS, ("sums", "films"), "has 3 experts, 2 names are given"),
         (RIDGE, {}, ("base", "b", "c"), "b: this expert has no prompts"),
         (GateSettings("hidden"), NO_BASE, NAMES, "base: needs prompts with gates 'hidden'"),
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused(
 def test_a_base_of_another_width_is_refused(folders: Mapping[str, Path], tmp_path: Path) -> None:
     other = tiny_moe(tmp_path / "base", "llama", hidden_size=8)
     word_tokenizer().save_pretrained(other)
-    with pytest.raises(CheckpointError, match="has 3 layers of width 8, the mixture 3 of 16"):
+    with pytest.raises(CheckpointError, match="has 3 layers of width 8, the MoE 3 of 16"):
         fit_gates(folders["mixtral"], other, PROMPTS, NAMES, GateSettings("hidden"))
 
 
