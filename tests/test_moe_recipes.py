@@ -368,9 +368,9 @@ def test_a_mixture_of_mixtures_is_refused(tmp_path: Path) -> None:
     _refused(family, "of mixtral: they take")
 
 
-def test_granite_has_no_heads_of_another_size(own_llama: Family) -> None:
+@pytest.mark.parametrize("form", ["granitemoeshared", "qwen2_moe"])
+def test_heads_of_a_size_that_servers_misread_are_refused(form: str, own_llama: Family) -> None:
     for name in ("base", "a", "b"):
         edit_json(own_llama.folder / name / "config.json", head_dim=16)
-    _refused(
-        own_llama, "granitemoeshared has heads of hidden size / heads", moe={**RANDOM, "format": "granitemoeshared"}
-    )
+    told = f"servers read {form} with heads of hidden size / heads, and the base's have 16"
+    _refused(own_llama, told, "format: mixtral", moe={**RANDOM, "format": form})

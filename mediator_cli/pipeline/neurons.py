@@ -136,7 +136,7 @@ def _rows(expert: _Blocks, shared: _Blocks, projection: Projection) -> Doubles:
 
 
 def _columns(expert: _Blocks, shared: _Blocks) -> Doubles:
-    total: Doubles = np.zeros((3, shared["down_proj"].columns))
+    total: Doubles = np.zeros((2, shared["down_proj"].columns))
     for (_, mine), (_, common) in zip(expert["down_proj"].parts(), shared["down_proj"].parts(), strict=True):
         total = column_squares(mine, common, total)
     return total

@@ -37,20 +37,20 @@ def row_squares(expert: Reals, shared: Reals) -> Doubles:
     In float64, each row by itself, so that it makes no difference how many rows are given at a time.
     """
     wide = shared.astype(np.float64)
-    return np.stack([np.square(wide).sum(axis=1), np.square(expert - wide).sum(axis=1)])
+    sums: Doubles = np.stack([np.square(wide).sum(axis=1), np.square(expert - wide).sum(axis=1)])
+    return sums
 
 
 def column_squares(expert: Reals, shared: Reals, before: Doubles | None = None) -> Doubles:
-    """Sum over each column of down [k, ff] the shared one squared, the change squared, and their product; [3, ff].
+    """Sum over each column of down [k, ff], as row_squares over rows; [2, ff].
 
     `before` is what was summed over the rows above: rows are added one by one in float64, however many are given at a
-    time. Of hidden activations [tokens, ff] of both blocks it makes the `activity` that score_effects wants.
+    time.
     """
-    total = np.zeros((3, shared.shape[1])) if before is None else before.copy()
+    total: Doubles = np.zeros((2, shared.shape[1])) if before is None else before.copy()
     for mine, common in zip(expert, shared, strict=True):
         wide = common.astype(np.float64)
-        change = mine - wide
-        total += np.stack([np.square(wide), np.square(change), wide * change])
+        total += np.stack([np.square(wide), np.square(mine - wide)])
     return total
 
 
@@ -59,28 +59,16 @@ def score_neurons(gate: Doubles, up: Doubles, down: Doubles, score: Score = "rel
 
     `change`: the squared norm of the change. `relative`: each vector's part of it divided by the squared norm that this
     vector has in the shared block; measured to choose a little better. Both are 0 where nothing changed, only there.
-    gate and up [2, ff] come from row_squares, down [3, ff] from column_squares.
+    gate and up [2, ff] come from row_squares, down [2, ff] from column_squares.
     """
     changes = np.stack([gate[1], up[1], down[1]])
-    if score == "change":
-        return changes.sum(axis=0)
-    sizes = np.stack([gate[0], up[0], down[0]])
-    never = np.where(changes > 0, np.inf, 0.0)
-    return np.divide(changes, sizes, out=never, where=sizes > 0).sum(axis=0)
-
-
-def score_effects(activity: Doubles, down: Doubles) -> Doubles:
-    """Score each hidden neuron by how far an expert's output is from the shared block's through it alone; [ff].
-
-    The sum over tokens of |h'·d' - h·d|², h the neuron's activation, d its column of `down`, ' the expert's. It needs
-    activations of both blocks on some prompts; a quarter of the neurons then does as much as half chosen by weights.
-    activity and down [3, ff] come from column_squares.
-    """
-    active, changed_activity, both_activity = activity
-    size, changed_size, both_size = down
-    expert_size = size + 2 * both_size + changed_size
-    effects = active * changed_size + changed_activity * expert_size + 2 * both_activity * (both_size + changed_size)
-    return np.maximum(effects, 0.0)
+    parts: Doubles = changes
+    if score == "relative":
+        sizes = np.stack([gate[0], up[0], down[0]])
+        never = np.where(changes > 0, np.inf, 0.0)
+        parts = np.divide(changes, sizes, out=never, where=sizes > 0)
+    total: Doubles = parts.sum(axis=0)
+    return total
 
 
 def most_changed(scores: Doubles, count: int) -> Counts:

@@ -68,11 +68,12 @@ def _static() -> Iterator[Trial]:
 
 
 def _bundles() -> Iterator[Trial]:
-    whole = {"assign": {"rule": "all", "candidates": "all"}, "extract": {"density": 1.0, "values": "bf16"}}
     yield Trial("bundle", "default recipe", {"extract": {"density": 0.06, "select": "magnitude", "values": "sign"}})
-    for name, router in (("perplexity", "perplexity"), ("task vectors", "gradient")):
-        dense = {**whole, "extract": {**whole["extract"], "dense": "base"}, "router": {"features": router}}
-        yield Trial("separate attention", f"{name} router", dense, options=("--combine", "probabilities"))
+    whole = {"assign": {"rule": "all"}, "extract": {"density": 1.0, "values": "bf16", "dense": "base"}}
+    policy = {"rule": "top_k", "k": 2, "combine": "probabilities"}
+    for name, features in (("perplexity", "perplexity"), ("task vectors", "gradient")):
+        router = {"features": features, "policy": policy}
+        yield Trial("separate attention", f"{name} router", {**whole, "router": router})
 
 
 def _mixtures() -> Iterator[Trial]:

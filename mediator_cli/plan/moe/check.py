@@ -149,7 +149,7 @@ def check_format(loaded: LoadedRecipe, base: Checkpoint, experts: Sequence[Exper
         yield Problem(place, f"{name} takes {', '.join(TAKEN[name].models)}, and the base is {kind}", hint)
         return
     yield from _check_tensors(place, name, base, able)
-    yield from _check_config(place, name, base)
+    yield from _check_config(place, name, base, able)
     yield from _check_layers(loaded, name, base, able)
     yield from _check_shared(loaded, base, experts)
 
@@ -175,15 +175,16 @@ def _is_known(tensor: str, known: Iterable[str]) -> bool:
     return tensor.split(".", 3)[-1] in known
 
 
-def _check_config(place: str, name: str, base: Checkpoint) -> Iterator[Problem]:
+def _check_config(place: str, name: str, base: Checkpoint, able: Sequence[str]) -> Iterator[Problem]:
     config = complete(base.config)
     if config.get("hidden_act") not in ("silu", "swish"):
         message = f"servers know experts with silu alone, and the base has {config.get('hidden_act')}"
         yield Problem(place, message, _BUNDLE)
     head, heads = config.get("head_dim"), config.get("num_attention_heads", 1)
-    if name == "granitemoeshared" and head and head * heads != config.get("hidden_size"):
-        message = f"granitemoeshared has heads of hidden size / heads, and the base's have {head}"
-        yield Problem(place, message, "write `format: mixtral`, or leave the format out")
+    if name in ("granitemoeshared", "qwen2_moe") and head and head * heads != config.get("hidden_size"):
+        message = f"servers read {name} with heads of hidden size / heads, and the base's have {head}"
+        has_other = "mixtral" in able
+        yield Problem(place, message, "write `format: mixtral`, with experts in all layers" if has_other else _BUNDLE)
     is_mistral = base.config.get("model_type") == "mistral"
     slides = config.get("sliding_window") if is_mistral else config.get("use_sliding_window")
     if slides and not TAKEN[name].windows:
