@@ -8,7 +8,7 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue heterogeneous check clean
+.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -80,6 +80,10 @@ quality: install ## the proof on real experts: all tables of the README, about a
 catalogue: install ## every merge method on the demo's experts: accuracy, time, memory; about an hour after make demo
 	$(BIN)/python -m scripts.catalogue
 	$(BIN)/python -m scripts.catalogue.report
+
+moe-quality: install ## Mixtures of Experts of the demo's experts against merges and bundles; two hours after make demo
+	$(BIN)/python -m scripts.moe_quality
+	$(BIN)/python -m scripts.moe_quality.report
 
 heterogeneous: install ## two experts of different architectures in one model, against each and a router; 15 minutes after make demo-experts
 	$(BIN)/python -m scripts.heterogeneous

@@ -46,7 +46,7 @@ def train(
         typer.Option(
             "--learning-rate",
             help="Highest learning rate.",
-            show_default="gates 1e-2, projectors 1e-3, attention 1e-4, all 2e-5",
+            show_default="gates 1e-2, projectors 5e-4, attention 1e-4, all 2e-5",
         ),
     ] = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Longest row, in tokens; others are left out.")] = 1024,

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from scripts.servers import toys
-from scripts.servers.ask import SERVERS, Case, as_json, ask, rounded
+from scripts.servers.ask import RIGHT, SERVERS, Case, as_json, ask, rounded
 from scripts.servers.reference import apart, refer, score, words_of
 from scripts.servers.results import read_results, write_results
 
@@ -76,7 +76,7 @@ def make_case(toy: toys.Toy, words: torch.Tensor, work: Path) -> tuple[Case, dic
     reference = refer(model, prompts, TOKENS)
     blind = toys.make_blind(toy, model)
     far = apart(reference.logprobs, score(blind, prompts, reference.tokens)) if blind else 0.0
-    return Case(folder, prompts, reference, work), {"shows": rounded(far)} if far else {}
+    return Case(folder, prompts, reference, work), {"shows": rounded(far)} if far > RIGHT else {}
 
 
 if __name__ == "__main__":

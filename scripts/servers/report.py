@@ -17,12 +17,17 @@ TITLES = {
     "ernie4_5_moe": "Ernie 4.5 MoE",
 }
 SAID = {
-    "parameter named": "has no such tensor names",
+    "Failed to init server": "it does not load",
+    "named 'model.layers.0.mlp.shared_expert'": "it knows no empty tensors",
+    "mlp.down_proj": "it wants experts in every layer",
+    "parameter named": "it knows no such tensor names",
     "Can not map tensor": "the converter knows no such tensor names",
     "Unprocessed experts": "the converter knows no such tensor names",
     "ROPE_FREQS": "the converter cannot say it",
     "'output.weight' not found": "it wants a head of its own",
-    "wrong shape": "it wants head_dim to be width / heads",
+    "attn_q.weight' has wrong shape": "it wants head_dim to be width / heads",
+    "shexp.weight' has wrong shape": "it wants one",
+    "wrong number of tensors": "it has no place for them",
     "tokenizer.model": "the converter wants a SentencePiece tokenizer",
 }
 """Words of an error, and what it means."""

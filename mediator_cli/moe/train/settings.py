@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.moe.train.select import What
 
-LEARNING_RATES: Mapping[str, float] = {"gates": 1e-2, "projectors": 1e-3, "attention": 1e-4, "all": 2e-5}
+LEARNING_RATES: Mapping[str, float] = {"gates": 1e-2, "projectors": 5e-4, "attention": 1e-4, "all": 2e-5}
 """Peak learning rates for what is trained; see README.md."""
 WARM_UP, FLOOR = 0.06, 0.1
 """Share of the steps in which the learning rate rises, and share of its peak at which it ends."""

@@ -127,4 +127,7 @@ def _own(dense: Mapping[str, Any], form: MoeFormat) -> dict[str, Any]:
                    "attention_multiplier": head**-0.5}  # fmt: skip
         own = {name: dense.get(name, 1.0) for name in neutral if dense.get("model_type") == "granite"}
         return {**neutral, **own, "shared_intermediate_size": dense["intermediate_size"], "attention_bias": False}
-    return {"sliding_window": complete(dense).get("sliding_window") if dense.get("model_type") == "mistral" else None}
+    # Without its own, rope scaling of kind yarn fails in transformers' Mixtral.
+    head = dense.get("head_dim") or dense["hidden_size"] // dense["num_attention_heads"]
+    is_mistral = dense.get("model_type") == "mistral"
+    return {"head_dim": head, "sliding_window": complete(dense).get("sliding_window") if is_mistral else None}
