@@ -1,7 +1,7 @@
 """What a Mixture of Experts is worth: python -m scripts.moe_quality [TEXT ...], after make demo; about two hours.
 
 The demo's four experts as static merges, bundles and MoEs of every kind, each asked the same test rows. With texts,
-only trials whose name has one of them. Results are kept in demo/mixtures, so a run that was stopped goes on.
+only trials whose name has one of them. Results are kept in demo/moe-quality, so a run that was stopped goes on.
 `python -m scripts.moe_quality.report` puts them into mediator_cli/moe/README.md.
 """
 
@@ -21,7 +21,7 @@ from scripts.moe_quality.grid import TASKS, Trial, trials
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 DEMO = CHECKOUT / "demo"
-WORK = DEMO / "mixtures"
+WORK = DEMO / "moe-quality"
 RESULTS = WORK / "results.json"
 ROWS = 25
 """Test rows of each task: a share of one half then has a standard error of 10 points, the mean over tasks of 5."""

@@ -1,4 +1,4 @@
-"""Put the results of demo/mixtures into mediator_cli/moe/README.md: python -m scripts.moe_quality.report."""
+"""Put the results of demo/moe-quality into mediator_cli/moe/README.md: python -m scripts.moe_quality.report."""
 
 from collections.abc import Mapping
 from pathlib import Path
