@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 
 from mediator_cli.errors import Problem, RecipeError
 from mediator_cli.recipe.load import HETEROGENEOUS, apply_changes, form_problems
-from mediator_cli.recipe.schema import RESERVED_NAMES, ExpertName
+from mediator_cli.recipe.schema import ExpertName, check_expert_names
 from mediator_cli.recipe.sizes import parse_size
 from mediator_cli.recipe.strict import Strict
 from mediator_cli.recipe.text import compose_all, place_of, read_text
@@ -128,11 +128,7 @@ class HeterogeneousRecipe(Strict):
     @field_validator("experts")
     @classmethod
     def _names_are_unique(cls, experts: tuple[HeterogeneousExpert, ...]) -> tuple[HeterogeneousExpert, ...]:
-        names = [expert.name.lower() for expert in experts]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"expert names must differ, also on disks that ignore case: {', '.join(twice)}")
-        if reserved := sorted(set(names) & set(RESERVED_NAMES)):
-            raise ValueError(f"reserved expert names: {', '.join(reserved)}")
+        check_expert_names([expert.name for expert in experts])
         return experts
 
     @field_validator("tokenizer")

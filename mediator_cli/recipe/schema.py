@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +17,9 @@ from mediator_cli.recipe.sizes import parse_size
 from mediator_cli.recipe.slices import WITH_SLICES, SliceSpec
 from mediator_cli.recipe.strict import Finite, Fraction, Strict
 from mediator_cli.recipe.tokens import TokenSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Unit = Literal["layer", "block", "tensor"]
 Measure = Literal["sign", "any_sign", "cosine"]
@@ -33,6 +36,15 @@ ExpertName = Annotated[
 
 RESERVED_NAMES = ("base", "dense", "auto", "router")
 """Names that mean something else where an expert is named at run time."""
+
+
+def check_expert_names(names: Sequence[str]) -> None:
+    """Raise ValueError for names that become the same file, or mean something else at run time."""
+    lower = [name.lower() for name in names]
+    if twice := sorted({name for name in lower if lower.count(name) > 1}):
+        raise ValueError(f"expert names must differ, also on disks that ignore case: {', '.join(twice)}")
+    if reserved := sorted(set(lower) & set(RESERVED_NAMES)):
+        raise ValueError(f"reserved expert names: {', '.join(reserved)}")
 
 
 _NOT_OF_MOE = ("slices", "outside", "align", "extract", "router")
@@ -303,11 +315,7 @@ class Recipe(Strict):
     def _names_are_unique(cls, experts: tuple[ExpertSpec, ...], info: ValidationInfo) -> tuple[ExpertSpec, ...]:
         if not experts and not info.data.get("slices"):
             raise PydanticCustomError("too_short", "Tuple should have at least 1 item after validation, not 0")
-        names = [expert.name.lower() for expert in experts]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"expert names must differ, also on disks that ignore case: {', '.join(twice)}")
-        if reserved := sorted(set(names) & set(RESERVED_NAMES)):
-            raise ValueError(f"reserved expert names: {', '.join(reserved)}")
+        check_expert_names([expert.name for expert in experts])
         return experts
 
     @field_validator("tokenizer")
