@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 
 from mediator_cli.errors import Problem, RecipeError
 from mediator_cli.recipe.load import HETEROGENEOUS, apply_changes, form_problems
-from mediator_cli.recipe.schema import ExpertName, check_expert_names
+from mediator_cli.recipe.names import ExpertName, check_expert_names
 from mediator_cli.recipe.sizes import parse_size
 from mediator_cli.recipe.strict import Strict
 from mediator_cli.recipe.text import compose_all, place_of, read_text

@@ -1,13 +1,34 @@
-"""Names of experts that are made from other words: different from each other, and none that is reserved."""
+"""Names of experts: what they may be, and how they are made from other words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mediator_cli.recipe.schema import RESERVED_NAMES
+from pydantic import Field
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+ExpertName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        description="Unique name; letters, digits, - and _. It becomes a file name in the bundle.",
+    ),
+]
+
+RESERVED_NAMES = ("base", "dense", "auto", "router")
+"""Names that mean something else where an expert is named at run time."""
+
+
+def check_expert_names(names: Sequence[str]) -> None:
+    """Raise ValueError for names that become the same file, or mean something else at run time."""
+    lower = [name.lower() for name in names]
+    if twice := sorted({name for name in lower if lower.count(name) > 1}):
+        raise ValueError(f"expert names must differ, also on disks that ignore case: {', '.join(twice)}")
+    if reserved := sorted(set(lower) & set(RESERVED_NAMES)):
+        raise ValueError(f"reserved expert names: {', '.join(reserved)}")
+
 
 LONGEST = 64
 """Most letters of a name."""

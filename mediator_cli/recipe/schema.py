@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,40 +12,17 @@ from mediator_cli.recipe.average import AverageSpec
 from mediator_cli.recipe.extract import ExtractSpec, OverrideExtract
 from mediator_cli.recipe.layers import Graded, Layers
 from mediator_cli.recipe.moe import MoeSpec
+from mediator_cli.recipe.names import ExpertName, check_expert_names
 from mediator_cli.recipe.router import RouterSpec
 from mediator_cli.recipe.sizes import parse_size
 from mediator_cli.recipe.slices import WITH_SLICES, SliceSpec
 from mediator_cli.recipe.strict import Finite, Fraction, Strict
 from mediator_cli.recipe.tokens import TokenSpec
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 Unit = Literal["layer", "block", "tensor"]
 Measure = Literal["sign", "any_sign", "cosine"]
 Rule = Literal["none", "all", "threshold", "top_k", "mean_std", "byte_budget", "listed"]
 OutputDtype = Literal["base", "float32", "float16", "bfloat16"]
-
-ExpertName = Annotated[
-    str,
-    Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
-        description="Unique name; letters, digits, - and _. It becomes a file name in the bundle.",
-    ),
-]
-
-RESERVED_NAMES = ("base", "dense", "auto", "router")
-"""Names that mean something else where an expert is named at run time."""
-
-
-def check_expert_names(names: Sequence[str]) -> None:
-    """Raise ValueError for names that become the same file, or mean something else at run time."""
-    lower = [name.lower() for name in names]
-    if twice := sorted({name for name in lower if lower.count(name) > 1}):
-        raise ValueError(f"expert names must differ, also on disks that ignore case: {', '.join(twice)}")
-    if reserved := sorted(set(lower) & set(RESERVED_NAMES)):
-        raise ValueError(f"reserved expert names: {', '.join(reserved)}")
-
 
 _NOT_OF_MOE = ("slices", "outside", "align", "extract", "router")
 

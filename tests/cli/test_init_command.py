@@ -24,7 +24,7 @@ from mediator_cli.pipeline.draft.choose import Asked, check_target, first_choice
 from mediator_cli.pipeline.draft.names import expert_names
 from mediator_cli.pipeline.draft.text import comment, scalar
 from mediator_cli.recipe.load import parse_partly
-from mediator_cli.recipe.schema import RESERVED_NAMES
+from mediator_cli.recipe.names import RESERVED_NAMES
 from mediator_cli.recipe.sizes import human_bytes
 
 

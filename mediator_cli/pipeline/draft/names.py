@@ -6,8 +6,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
-from mediator_cli.recipe.names import LONGEST, unique_names
-from mediator_cli.recipe.schema import RESERVED_NAMES
+from mediator_cli.recipe.names import LONGEST, RESERVED_NAMES, unique_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
