@@ -23,6 +23,7 @@ from mediator_cli.plan.make import make_plan
 from mediator_cli.recipe.load import load_recipe
 from tests.conftest import edit_json, edit_tensors
 from tests.tiny_moe import tiny_moe
+from tests.tiny_vocabularies import EMBED, Tokens, write_source
 
 TOKENS = torch.tensor([[3, 7, 1, 19, 4, 4, 11, 2], [5, 5, 6, 0, 13, 9, 17, 8]])
 RANDOM = {"gates": {"method": "random"}}
@@ -374,3 +375,16 @@ def test_heads_of_a_size_that_servers_misread_are_refused(form: str, own_llama: 
         edit_json(own_llama.folder / name / "config.json", head_dim=16)
     told = f"servers read {form} with heads of hidden size / heads, and the base's have 16"
     _refused(own_llama, told, "format: mixtral", moe={**RANDOM, "format": form})
+
+
+def test_vocabularies_are_joined_as_in_a_static_merge(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    sources = {"base": Tokens(), "a": Tokens(added=["<x>"]), "b": Tokens(added=["<y>", "<x>"])}
+    for name, tokens in sources.items():
+        write_source(tmp_path / name, tokens)
+    moe = _tensors(family.merge("moe", tokenizer="union"))
+    static = family.merge("static", tokenizer="union", kind="mediator", moe=None, assign={"rule": "none"})
+    shared = {name: tensor for name, tensor in _tensors(static).items() if ".mlp." not in name}
+    assert moe[EMBED].shape == (22, 8)
+    assert all(torch.equal(moe[name], tensor) for name, tensor in shared.items())
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["vocab_size"] == 22

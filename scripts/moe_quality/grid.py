@@ -53,7 +53,7 @@ def trials() -> Iterator[Trial]:
         yield Trial("sources", f"expert {name}", model=f"experts/{name}")
     yield from _static()
     yield from _bundles()
-    yield from _mixtures()
+    yield from _moes()
     yield from _trained()
     yield from _smaller()
 
@@ -76,7 +76,7 @@ def _bundles() -> Iterator[Trial]:
         yield Trial("separate attention", f"{name} router", {**whole, "router": router})
 
 
-def _mixtures() -> Iterator[Trial]:
+def _moes() -> Iterator[Trial]:
     for method in GATES:
         yield Trial("MoE, mean shared", f"gates {method}", moe(gates={"method": method}))
     for name, average in list(SHARED.items())[1:]:
