@@ -28,7 +28,7 @@ def replace_files(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) 
     """
     old = read_manifest(folder)
     own_record = manifest.router.file.name if manifest.router and manifest.router.file else ""
-    digests = {name: _record(name, data) for name, data in files.items() if name != own_record}
+    digests = {name: record_of(name, data) for name, data in files.items() if name != own_record}
     listed = {record.name: record for record in manifest.files} | digests
     files_now = tuple(listed[name] for name in sorted(listed, key=PurePosixPath))
     new = with_checksum(manifest.model_copy(update={"files": files_now}))
@@ -49,7 +49,8 @@ def replace_files(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) 
     return new
 
 
-def _record(name: str, data: bytes) -> FileRecord:
+def record_of(name: str, data: bytes) -> FileRecord:
+    """Describe a file by what is to be in it."""
     return FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import numpy as np
 
 from mediator_cli.bundle.digest import file_digest
 from mediator_cli.bundle.manifest import MANIFEST, bundle_digest, bundle_file, read_manifest, to_json
-from mediator_cli.bundle.record import FileRecord, WeightFile
-from mediator_cli.bundle.replace import put, stage
+from mediator_cli.bundle.record import WeightFile
+from mediator_cli.bundle.replace import put, record_of, stage
 from mediator_cli.checkpoint.blocks import BLOCK
 from mediator_cli.checkpoint.digest import digest_blocks, fold
 from mediator_cli.checkpoint.header import FLOAT_DTYPES, read_tensors
@@ -205,7 +204,8 @@ def _renewed(folder: Path, places: Mapping[str, TensorInfo], what: _Change, dige
     known = {name: record.xxh3 for name, record in tensors.items()}
     touched = {file.name for file in _by_file(places, what)}
     shards = tuple(_shard(folder, shard, known) if shard.name in touched else shard for shard in old.shards)
-    records = {record.name: record for record in old.files} | {name: _record(name, d) for name, d in what.files.items()}
+    new = {name: record_of(name, data) for name, data in what.files.items()}
+    records = {record.name: record for record in old.files} | new
     sparse = {record.expert: record.tensors for record in old.sparse}
     update = {
         "tensors": tensors,
@@ -220,7 +220,3 @@ def _renewed(folder: Path, places: Mapping[str, TensorInfo], what: _Change, dige
 def _shard(folder: Path, shard: WeightFile, digests: Mapping[str, str]) -> WeightFile:
     # The old file still stands, and its header is that of the new one.
     return shard.model_copy(update={"xxh3": file_digest(folder / shard.name, digests)})
-
-
-def _record(name: str, data: bytes) -> FileRecord:
-    return FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

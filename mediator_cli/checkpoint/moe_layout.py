@@ -1,4 +1,4 @@
-"""Where the routed experts of a MoE-of-Experts checkpoint are, and the names that each format gives them.
+"""Where the routed experts of a Mixture-of-Experts checkpoint are, and the names that each format gives them.
 
 Only formats that stock software serves: one linear router without bias a layer, which reads the state behind the
 post-attention norm. Tensors are named one expert at a time, as all servers read them.

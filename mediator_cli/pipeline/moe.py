@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mediator_cli.bundle.digest import digest_tensors
-from mediator_cli.bundle.moe import GatesRecord, MoeRecord
+from mediator_cli.bundle.moe import MoeRecord
 from mediator_cli.checkpoint.moe_layout import PROJECTIONS
 from mediator_cli.checkpoint.read import narrow
 from mediator_cli.checkpoint.write import create_file, shard_name, write_at
@@ -116,6 +116,8 @@ def _fit_gates(plan: Plan, moe: MoePlan, folder: Path, run: Settings) -> GateFit
 
 
 def _record(plan: Plan, moe: MoePlan, gates: GateFit) -> MoeRecord:
+    from mediator_cli.moe.gates.refit import gates_record
+
     total, active = parameters(plan)
     return MoeRecord(
         format=moe.format.name,
@@ -126,13 +128,7 @@ def _record(plan: Plan, moe: MoePlan, gates: GateFit) -> MoeRecord:
         shared_from=moe.spec.shared_from,
         n_parameters=total,
         n_active=active,
-        gates=GatesRecord(
-            method=moe.gates.method,
-            temperature=gates.report.temperature,
-            n_prompts=gates.report.n_prompts,
-            held_out=gates.report.held_out,
-            agreement={str(each.layer): round(each.agreement, 6) for each in gates.report.layers if each.agreement},
-        ),
+        gates=gates_record(gates.report),
     )
 
 

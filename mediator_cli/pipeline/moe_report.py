@@ -44,12 +44,13 @@ class MoeReport(BaseModel):
 
 def widest_moe(plan: Plan) -> Plan:
     """Give the MoE with experts in all layers that the rule can choose."""
-    return as_moe(plan, range(_layer_range(plan)[1]) if _mixture(plan).layers is None else _certain(plan))
+    layers = _moe_of(plan).layers
+    return as_moe(plan, range(_layer_range(plan)[1]) if layers is None else layers)
 
 
 def describe_moe(plan: Plan) -> MoeReport:
     """Put a plan of kind moe, whose layers may still depend on conflict, in numbers."""
-    moe = _mixture(plan)
+    moe = _moe_of(plan)
     ends = (as_moe(plan, range(max(1, _layer_range(plan)[0]))), widest_moe(plan))
     ends = ends if moe.layers is None else (ends[1], ends[1])
     (least, least_active), (most, most_active) = (parameters(each) for each in ends)
@@ -70,19 +71,15 @@ def describe_moe(plan: Plan) -> MoeReport:
     )
 
 
-def _mixture(plan: Plan) -> MoePlan:
+def _moe_of(plan: Plan) -> MoePlan:
     if plan.moe is None:
         raise RuntimeError("the plan makes no MoE")
     return plan.moe
 
 
-def _certain(plan: Plan) -> tuple[int, ...]:
-    return _mixture(plan).layers or ()
-
-
 def _layer_range(plan: Plan) -> Ends:
     """Bound the layers that get experts."""
-    moe, spec = _mixture(plan), plan.loaded.recipe.assign
+    moe, spec = _moe_of(plan), plan.loaded.recipe.assign
     if moe.layers is not None:
         return len(moe.layers), len(moe.layers)
     able = sum(block_unit(layer, plan.loaded.recipe) in plan.candidates for layer in range(len(plan.layers)))

@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 STRENGTHS = {"ridge": 0.1, "logistic": 1e-3}
-TEMPERATURES: dict[str, float] = {}
-"""Defaults of methods that need another than 1; all as measured, see README.md."""
+"""Defaults of the penalty, as measured: see README.md."""
 _HELD_OUT = 5
 """One prompt of so many is kept for measuring and calibration, where an expert has as many."""
 _NEARLY_SAME = 5.0
@@ -69,8 +68,7 @@ class _Job:
 
     @property
     def temperature(self) -> float:
-        method = self.settings.method
-        return self.settings.temperature or TEMPERATURES.get(method, 1.0)
+        return self.settings.temperature or 1.0
 
 
 @dataclass(frozen=True, eq=False)
