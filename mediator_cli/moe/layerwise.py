@@ -38,7 +38,7 @@ from mediator_cli.runtime.dense_features import read_rows
 from mediator_cli.runtime.features import length_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -245,6 +245,16 @@ def expert_output(layer: torch.nn.Module, expert: int, states: torch.Tensor) -> 
         raise ValueError("the layer is dense")
     chosen = torch.full((len(states), 1), expert)
     return cast("torch.Tensor", experts(states, chosen, torch.ones(len(states), 1, dtype=states.dtype)))
+
+
+def walk(model: LayerwiseModel, batches: Sequence[Batch]) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Read one layer after the other; behind each the batches go through it as it is then, but for the last."""
+    for number in range(model.n_layers):
+        layer = read_layer(model, number)
+        yield number, layer
+        if number < model.n_layers - 1:
+            for batch in batches:
+                advance(layer, number, batch)
 
 
 @torch.no_grad()

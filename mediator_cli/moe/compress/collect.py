@@ -12,7 +12,7 @@ from mediator_cli.moe.compress.align import by_activations
 from mediator_cli.moe.compress.decide import decide, new_gates
 from mediator_cli.moe.compress.matrices import Matrices, weighted_mean
 from mediator_cli.moe.compress.statistics import Experts, measure_layer
-from mediator_cli.moe.layerwise import advance, experts_of, read_layer, router_of, router_states, start
+from mediator_cli.moe.layerwise import experts_of, router_of, router_states, start, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,12 +81,8 @@ def _layers(
 ) -> Iterator[tuple[int, torch.nn.Module, list[Batch]]]:
     """Read one layer after the other; behind each the batches go through it as it is then."""
     batches = start(model, prompts)
-    for number in range(model.n_layers):
-        layer = read_layer(model, number)
+    for number, layer in walk(model, batches):
         yield number, layer, batches
-        if number < model.n_layers - 1:
-            for batch in batches:
-                advance(layer, number, batch)
         advanced(1)
 
 

@@ -18,15 +18,7 @@ from mediator_cli.moe.gates.prototypes import prototypes
 from mediator_cli.moe.gates.report import GateFit, GateReport, LayerReport
 from mediator_cli.moe.gates.routing import choices
 from mediator_cli.moe.gates.settings import GateSettings, check_prompts, check_settings
-from mediator_cli.moe.layerwise import (
-    advance,
-    model_layout,
-    open_layerwise,
-    read_layer,
-    router_of,
-    router_states,
-    start,
-)
+from mediator_cli.moe.layerwise import model_layout, open_layerwise, router_of, router_states, start, walk
 from mediator_cli.plan.moe_plan import BASE
 from mediator_cli.recipe.moe import NO_PROMPTS, OF_BASE
 from mediator_cli.runtime.calibrate import fit_temperature
@@ -162,16 +154,13 @@ def _layer_by_layer(job: _Job, progress: Progress) -> Iterator[tuple[int, Floats
         raise ValueError("no prompts")
     batches = start(job.model, job.asked.ids)
     total = job.model.bytes_before(job.model.n_layers)
-    for number in range(job.model.n_layers):
+    for number, layer in walk(job.model, batches):
         progress("gates", job.model.bytes_before(number), total)
-        layer = read_layer(job.model, number)
         if (router := router_of(layer)) is not None:
             seen = _look(job, layer, number, batches)
             gates = _stored(job, number, _gates(job, number, seen))
             yield number, gates, _measure(job, number, gates, seen)
             cast("torch.nn.Parameter", router.weight).data.copy_(torch.from_numpy(gates))
-        for batch in batches:
-            advance(layer, number, batch)
     progress("gates", total, total)
 
 

@@ -11,15 +11,7 @@ import torch
 from mediator_cli.errors import CheckpointError, Problem
 from mediator_cli.moe.gates.asked import ask, some_of
 from mediator_cli.moe.gates.routing import Choices, choices
-from mediator_cli.moe.layerwise import (
-    advance,
-    model_layout,
-    open_layerwise,
-    read_layer,
-    router_of,
-    router_states,
-    start,
-)
+from mediator_cli.moe.layerwise import model_layout, open_layerwise, router_of, router_states, start, walk
 from mediator_cli.runtime.prompts import load_tokenizer
 
 if TYPE_CHECKING:
@@ -107,14 +99,11 @@ def look_at_gates(
     batches = start(model, asked.ids)
     found: list[Choices] = []
     total = model.bytes_before(model.n_layers)
-    for number in range(model.n_layers):
+    for number, layer in walk(model, batches):
         progress("gates", model.bytes_before(number), total)
-        layer = read_layer(model, number)
         if number in layout.layers:
             logits, groups = _logits(layer, number, batches, asked)
             found.append(choices(logits, groups, len(tasks), min(layout.top_k, layout.n_experts)))
-        for batch in batches:
-            advance(layer, number, batch)
     progress("gates", total, total)
     names = tuple(experts) or tuple(map(str, range(layout.n_experts)))
     return GateLook(
