@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mediator_cli.bundle.factors import FactorDelta, as_delta
 from mediator_cli.bundle.gated import GatedDelta, gated_delta, read_gate, read_shared
 from mediator_cli.bundle.sparse import FLOAT_CODECS
 from mediator_cli.bundle.sparse_file import SparseFile, SparseTensor, open_sparse_file
@@ -59,7 +60,7 @@ class SparseDelta:
         return entries
 
 
-Delta = SparseDelta | GatedDelta
+Delta = SparseDelta | GatedDelta | FactorDelta
 
 
 def mix_deltas(dense: torch.Tensor, deltas: Sequence[tuple[Delta, float]]) -> torch.Tensor:
@@ -105,6 +106,8 @@ class SparseExpert:
 
     def read(self, name: str) -> Delta:
         """Decode one tensor; raise BundleError when it is damaged."""
+        if self.tensors[name].is_low_rank:
+            return as_delta(self.file_of(name).factors(name))
         if not self.tensors[name].is_gated:
             return read_delta(self.file_of(name), name)
         return gated_delta(self.gate(name), self.shared_arrays(name), self.tensors[name].shape)

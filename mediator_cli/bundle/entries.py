@@ -32,6 +32,10 @@ def check_entries(sparse: SparseFile, name: str) -> None:
     arrays hold is left to the digests' pass.
     """
     spec, places = sparse.tensors[name], sparse.places(name)
+    if spec.is_low_rank:
+        if abs(spec.scale) > _LARGEST:
+            raise sparse.fault(name, "holds NaN or infinite values")
+        return
     if spec.is_gated:
         _check_gated(sparse, name)
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mediator_cli.bundle.checksum import sha256
+from mediator_cli.bundle.gates_record import GatesRecord
 from mediator_cli.bundle.moe import MoeRecord
 from mediator_cli.bundle.record import FileRecord, Record, SourceFile, WeightFile
 from mediator_cli.bundle.router_record import RouterRecord, drop_late_fields, is_late
@@ -27,6 +28,9 @@ GATED_SCHEMA_VERSION: Final = 3
 """That of a manifest whose bundle stores some tensor in another way than sparsely; see README.md."""
 LATEST_SCHEMA_VERSION: Final = 4
 """That of a manifest of a Mixture of Experts, of experts that are asked, or whose outputs are combined; README.md."""
+
+LIBRARY_SCHEMA_VERSION: Final = 5
+"""That of a manifest of low-rank experts, of gates, or of a router that reads nothing; see README.md."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -109,7 +113,7 @@ class ExtractRecord(Record):
     rescale: float
     values: str
     mode: Annotated[
-        Literal["sparse", "sign", "emr", "tall_mask", "basis"],
+        Literal["sparse", "sign", "emr", "tall_mask", "basis", "factors"],
         Field(description="sparse: all of the above. Else density, over, select and rescale have no meaning."),
     ] = "sparse"
     scale: Annotated[Literal["elements", "tensors"] | None, Field(description="Of mode emr.")] = None
@@ -143,10 +147,20 @@ class Sizes(Record):
     full_models: int
 
 
-class Manifest(Record):
-    """The routing manifest of a bundle: version 2, 3 where experts are not stored sparsely, 4 of what came later."""
+class ChangeRecord(Record):
+    """An expert that was added to the finished bundle, or taken out of it."""
 
-    schema_version: Literal[2, 3, 4]
+    change: Literal["added", "removed"]
+    source: Annotated[SourceRecord, Field(description="Where the expert came from.")]
+    router: Annotated[str, Field(description="What was done with the router.")]
+    before: Annotated[str, Field(description="The bundle's digest before the change.")]
+    generator: str
+
+
+class Manifest(Record):
+    """The routing manifest of a bundle: version 2, 3 where experts are not stored sparsely, 4, 5 of what came later."""
+
+    schema_version: Literal[2, 3, 4, 5]
     # The first field of that name in the text, whatever the others hold.
     checksum: Annotated[str, Field(description="SHA-256 of this file with an empty checksum.")] = ""
     generator: str
@@ -166,12 +180,18 @@ class Manifest(Record):
     shards: Annotated[tuple[WeightFile, ...], Field(description="The weight files of the dense expert.")]
     tensors: dict[str, TensorRecord]
     router: RouterRecord | None = None
+    gates: Annotated[GatesRecord | None, Field(description="Of low-rank experts that are chosen inside the model.")] = (
+        None
+    )
     moe: Annotated[MoeRecord | None, Field(description="Of a Mixture of Experts; null for bundles.")] = None
     files: Annotated[tuple[FileRecord, ...], Field(description="All other files, the manifest itself not.")]
     sizes: Sizes
     digest: Annotated[str, Field(description="SHA-256 over the digests of all tensors; see README.md.")]
     averaged_in_routed_units: Annotated[
         tuple[str, ...], Field(description="Tensors of routed units that the run time cannot mix for each input.")
+    ] = ()
+    history: Annotated[
+        tuple[ChangeRecord, ...], Field(description="Experts added and removed since the merge, in this order.")
     ] = ()
     notices: tuple[str, ...]
 
@@ -180,20 +200,34 @@ class Manifest(Record):
         is_later = self.shared is not None or (self.extract is not None and self.extract.mode != "sparse")
         if is_later and self.schema_version == SCHEMA_VERSION:
             raise ValueError(f"shared arrays and modes are of version {GATED_SCHEMA_VERSION}")
-        if self.moe is not None and self.schema_version != LATEST_SCHEMA_VERSION:
+        if self.moe is not None and self.schema_version < LATEST_SCHEMA_VERSION:
             raise ValueError(f"a Mixture of Experts is of version {LATEST_SCHEMA_VERSION}")
-        if is_late(self.router) and self.schema_version != LATEST_SCHEMA_VERSION:
+        if is_late(self.router) and self.schema_version < LATEST_SCHEMA_VERSION:
             raise ValueError(f"experts asked or combined are of version {LATEST_SCHEMA_VERSION}")
+        if self.history and self.schema_version < LATEST_SCHEMA_VERSION:
+            raise ValueError(f"experts added or removed are of version {LATEST_SCHEMA_VERSION}")
+        if _is_library(self) and self.schema_version < LIBRARY_SCHEMA_VERSION:
+            raise ValueError(
+                f"low-rank experts, gates and routers that read nothing are of version {LIBRARY_SCHEMA_VERSION}"
+            )
         return self
+
+
+def _is_library(manifest: Manifest) -> bool:
+    """Whether a manifest says what versions before the one of low-rank experts do not know."""
+    is_low_rank = manifest.extract is not None and manifest.extract.mode == "factors"
+    is_blind = manifest.router is not None and manifest.router.features == "none"
+    return manifest.gates is not None or is_low_rank or is_blind
 
 
 def with_router(manifest: Manifest, router: RouterRecord | None) -> Manifest:
     """Give a manifest another router, and a version that knows what it then says."""
     # Not below 3 again: overrides may store single tensors in another way, which the manifest does not tell.
     version = min(manifest.schema_version, GATED_SCHEMA_VERSION)
-    if is_late(router) or manifest.moe is not None:
+    if is_late(router) or manifest.moe is not None or manifest.history:
         version = LATEST_SCHEMA_VERSION
-    return manifest.model_copy(update={"router": router, "schema_version": version})
+    new = manifest.model_copy(update={"router": router, "schema_version": version})
+    return new.model_copy(update={"schema_version": LIBRARY_SCHEMA_VERSION}) if _is_library(new) else new
 
 
 def to_json(record: BaseModel) -> str:
@@ -209,12 +243,16 @@ def with_checksum(manifest: Manifest) -> Manifest:
 def _dump(record: BaseModel) -> str:
     data = record.model_dump(mode="json")
     if isinstance(record, Manifest):
+        if not record.history:
+            del data["history"]
         _drop_later_fields(data, record.schema_version)
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _drop_later_fields(data: dict[str, Any], version: int) -> None:
     """Leave out what a version does not know, so that its readers read it and its bytes stay what they were."""
+    if version < LIBRARY_SCHEMA_VERSION:
+        del data["gates"]
     if version < LATEST_SCHEMA_VERSION:
         del data["moe"]
         drop_late_fields(data["router"])
@@ -284,7 +322,8 @@ def file_names(manifest: Manifest) -> list[str]:
     experts: list[SparseRecord | SharedRecord] = [*manifest.sparse, *shared]
     weights = [*manifest.shards, *(file for record in experts for file in record.files)]
     router = manifest.router.file if manifest.router is not None else None
-    others = [*manifest.files, *([] if router is None else [router])]
+    gates = manifest.gates.file if manifest.gates is not None else None
+    others = [*manifest.files, *(file for file in (router, gates) if file is not None)]
     return [file.name for file in weights] + [file.name for file in others]
 
 

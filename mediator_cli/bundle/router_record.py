@@ -22,8 +22,11 @@ class PolicyRecord(Record):
     k: Annotated[int | None, Field(ge=1, description="Number of experts of rule top_k.")] = None
     weights: Annotated[dict[str, FiniteFloat] | None, Field(description="Weights of rule fixed, by expert.")] = None
     outside: Annotated[
-        Literal["dense", "ignore"],
-        Field(description="What answers an input unlike all tasks: the dense expert, or whatever the rule says."),
+        Literal["dense", "uniform", "ignore"],
+        Field(
+            description="What answers an input unlike all tasks: the dense expert, all experts alike, or whatever the rule "
+            "says."
+        ),
     ] = "dense"
     combine: Annotated[
         Literal["parameters", "probabilities", "logits", "hidden"],
@@ -52,7 +55,10 @@ class RouterReport(Record):
 class RouterRecord(Record):
     """The router: what it reads, how it decides, and its file."""
 
-    features: Literal["embedding_mean", "hidden_mean", "text", "perplexity", "gradient"]
+    features: Annotated[
+        Literal["embedding_mean", "hidden_mean", "text", "perplexity", "gradient", "none"],
+        Field(description="What it reads of a prompt; none: nothing, for policies that give all inputs one mixture."),
+    ]
     layer: Annotated[int | None, Field(ge=1, description="hidden_mean: decoder layers that run before the mean.")] = (
         None
     )
@@ -87,10 +93,12 @@ class RouterRecord(Record):
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         is_fitted = self.classifier != "none"
-        if not is_fitted and not self.asks:
+        if self.features == "none" and (is_fitted or self.policy.rule not in ("uniform", "fixed")):
+            raise ValueError("features none go with classifier none and a policy that reads no input")
+        if not is_fitted and not self.asks and self.features != "none":
             raise ValueError(f"features {self.features} need a classifier")
-        if is_fitted and None in (self.outside_above, self.report, self.file):
-            raise ValueError("a fitted router has outside_above, report and file")
+        if is_fitted and None in (self.outside_above, self.file):
+            raise ValueError("a fitted router has outside_above and file")
         if not is_fitted and self.file is not None:
             raise ValueError("classifier none has no file")
         if (self.form is not None) != (self.features == "perplexity" and not is_fitted):
@@ -108,7 +116,9 @@ class RouterRecord(Record):
 
 def is_late(router: RouterRecord | None) -> bool:
     """Whether a router says what versions below the latest do not know."""
-    return router is not None and (router.asks or router.policy.combine != "parameters")
+    if router is None:
+        return False
+    return router.asks or router.policy.combine != "parameters" or router.policy.outside == "uniform"
 
 
 def drop_late_fields(router: dict[str, Any] | None) -> None:

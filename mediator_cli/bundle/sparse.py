@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from mediator_cli.kernels.arrays import Bytes, Counts, Flags, Floats, Halves
 
 ValueCodec = Literal["fp32", "bf16", "fp16", "int8", "sign"]
-StoredValues = ValueCodec | Literal["shared"]
-"""Where an expert's values come from: from its own file, or gathered from the arrays that experts share."""
+StoredValues = ValueCodec | Literal["shared", "factors"]
+"""Where an expert's values come from: its own file, the arrays that experts share, or a product of two matrices."""
 IndexCodec = Literal["gaps", "bitmap"]
 StoredIndex = IndexCodec | Literal["all"]
 """Which entries are stored: those listed, those of a bitmap, or all."""

@@ -17,6 +17,7 @@ from mediator_cli.bundle.manifest import EXPERTS_FOLDER
 from mediator_cli.bundle.sparse import (
     StoredIndex,
     StoredValues,
+    ValueCodec,
     aligned,
     decode_gaps,
     decode_values,
@@ -25,6 +26,7 @@ from mediator_cli.bundle.sparse import (
 from mediator_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo, read_header
 from mediator_cli.checkpoint.read import open_files, read_slab
 from mediator_cli.errors import BundleError, Problem
+from mediator_cli.kernels.factors import Factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,13 +40,18 @@ FORMAT = "mediator.sparse"
 FORMAT_VERSION = "1"
 GATED_VERSION = "2"
 """The version of a file that holds what is not sparse."""
+FACTORS_VERSION = "3"
+"""The version of a file of low-rank experts."""
 SHARED = ""
 """Whose file has the arrays that experts share: no expert has an empty name."""
 _SHARED_FILE = "shared"
 HEADER_BYTES = 1024
 """Room in a header for what is no tensor's."""
 STORED_AS: dict[StoredValues, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "sign": "U8"}
-ArrayKind = Literal["values", "gaps", "bitmap", "coefficients", "override_index", "override_values"]
+ArrayKind = Literal["values", "gaps", "bitmap", "coefficients", "override_index", "override_values", "a", "b"]
+_VERSIONS = (FORMAT_VERSION, GATED_VERSION, FACTORS_VERSION)
+_FACTORS: tuple[Literal["a", "b"], ...] = ("a", "b")
+_CODECS: dict[str, ValueCodec] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _N_KINDS = 5
 _MOST_SIDES = 64
 _Count = Annotated[int, Field(ge=0)]
@@ -62,6 +69,7 @@ class SparseTensor(BaseModel):
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     n_overrides: _Count = 0
     n_shared: _Count = 0
+    rank: _Count = 0
 
     @property
     def size(self) -> int:
@@ -70,8 +78,13 @@ class SparseTensor(BaseModel):
 
     @property
     def is_gated(self) -> bool:
-        """Whether it is one of the other ways to store an expert, not sparse; see README.md."""
-        return self.index == "all" or self.values == "shared"
+        """Whether it is one of the other ways to store all entries of an expert, not sparse; see README.md."""
+        return not self.is_low_rank and (self.index == "all" or self.values == "shared")
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is stored as two small matrices; see README.md."""
+        return self.values == "factors"
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,8 @@ class SparseFile:
         """Find the arrays of one tensor; raise BundleError when one is missing, too short or of another dtype."""
         spec = self.tensors[name]
         found: dict[ArrayKind, TensorInfo] = {}
+        if spec.values == "factors":
+            return self._factor_places(name, spec)
         if spec.values == "shared":
             found["coefficients"] = self._array(f"{name}.coefficients", ("F64",), spec.n_shared)
         else:
@@ -117,7 +132,7 @@ class SparseFile:
     def decode(self, name: str) -> SparseEntries:
         """Decode one tensor; raise BundleError when its arrays do not fit its specification."""
         spec, places = self.tensors[name], self.places(name)
-        if spec.index == "all" or spec.values == "shared":
+        if spec.index == "all" or spec.values in ("shared", "factors"):
             raise self.fault(name, "is not stored sparsely")
         index = self._read(places[spec.index])
         if spec.index == "gaps":
@@ -140,13 +155,24 @@ class SparseFile:
         """Read the coefficients [k] of a tensor whose values are shared; float64."""
         return self._read(self.places(name)["coefficients"], self.tensors[name].n_shared)
 
+    def factors(self, name: str) -> Factors:
+        """Read the two matrices of a tensor of low rank; raise BundleError when they do not fit."""
+        spec, places = self.tensors[name], self.places(name)
+        a, b = (decode_values(self._read(places[kind]), _CODECS[places[kind].dtype], 1.0) for kind in _FACTORS)
+        rows, columns = spec.shape
+        return Factors(
+            a[: spec.rank * columns].reshape(spec.rank, columns),
+            b[: rows * spec.rank].reshape(rows, spec.rank),
+            spec.scale,
+        )
+
     def stored_values(self, name: str) -> tuple[NDArray[Any], str]:
         """Read the values of a tensor that keeps all entries, as they are stored, with their dtype, such as BF16."""
         info = self.places(name)["values"]
         return self._read(info, self.tensors[name].n_kept), info.dtype
 
     def _values(self, info: TensorInfo, spec: SparseTensor) -> Floats:
-        if spec.values == "shared":
+        if spec.values == "shared" or spec.values == "factors":
             raise self.fault(info.name, "is not stored sparsely")
         if spec.values != "sign":
             return decode_values(self._read(info, spec.n_kept), spec.values, spec.scale)
@@ -163,6 +189,12 @@ class SparseFile:
             raise self.fault(name, f"a position lies beyond its {spec.size} entries")
         values = places["override_values"]
         return index, self._read(values, spec.n_overrides), values.dtype
+
+    def _factor_places(self, name: str, spec: SparseTensor) -> dict[ArrayKind, TensorInfo]:
+        if len(spec.shape) != 2 or spec.index != "all" or spec.n_overrides:
+            raise self.fault(name, "is stored in a way that does not exist")
+        sizes = {"a": spec.rank * spec.shape[1], "b": spec.shape[0] * spec.rank}
+        return {kind: self._array(f"{name}.{kind}", tuple(_CODECS), sizes[kind]) for kind in _FACTORS}
 
     def _array(self, name: str, dtypes: Iterable[str], least: int) -> TensorInfo:
         info = self.arrays.get(name)
@@ -187,8 +219,8 @@ def open_sparse_file(file: Path) -> SparseFile:
     Raises CheckpointError when the header is broken, BundleError when it is no sparse expert's.
     """
     header = read_header(file)
-    if header.metadata.get("format") != FORMAT or header.metadata.get("version") not in (FORMAT_VERSION, GATED_VERSION):
-        hint = f"expected {FORMAT} version {FORMAT_VERSION} or {GATED_VERSION}; was it written by a newer mediator?"
+    if header.metadata.get("format") != FORMAT or header.metadata.get("version") not in _VERSIONS:
+        hint = f"expected {FORMAT} version {' or '.join(_VERSIONS)}; was it written by a newer mediator?"
         raise BundleError(Problem(str(file), "is not a sparse expert that this version reads", hint))
     try:
         specs: dict[str, Any] = json.loads(header.metadata["tensors"])
@@ -203,7 +235,10 @@ def open_sparse_file(file: Path) -> SparseFile:
 
 def version_of(tensors: Iterable[SparseTensor]) -> str:
     """Say which version a file with these tensors has: the first one unless something is not stored sparsely."""
-    return GATED_VERSION if any(spec.is_gated for spec in tensors) else FORMAT_VERSION
+    known = tuple(tensors)
+    if any(spec.is_low_rank for spec in known):
+        return FACTORS_VERSION
+    return GATED_VERSION if any(spec.is_gated for spec in known) else FORMAT_VERSION
 
 
 def sparse_file_name(expert: str, number: int, count: int) -> str:

@@ -52,6 +52,10 @@ class _NewArray(NamedTuple):
 
 
 def _new_arrays(spec: SparseTensor, dtype: str, n_index: int) -> Iterator[_NewArray]:
+    if spec.values == "factors":
+        yield _NewArray("a", dtype, spec.rank * spec.shape[1] * DTYPE_BYTES[dtype])
+        yield _NewArray("b", dtype, spec.shape[0] * spec.rank * DTYPE_BYTES[dtype])
+        return
     if spec.values == "shared":
         yield _NewArray("coefficients", "F64", spec.n_shared * DTYPE_BYTES["F64"])
     else:

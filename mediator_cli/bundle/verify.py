@@ -75,6 +75,7 @@ def verify_bundle(folder: Path, advance: Callable[[int], None] = unheard, worker
         *_check_experts(check),
         *_check_files(check, manifest.files),
         *_check_router(check),
+        *_check_gates(check),
         *_check_report(check),
     ]
     known = {*file_names(manifest), MANIFEST}
@@ -277,6 +278,18 @@ def _check_router(check: _Check) -> Iterator[Problem]:
         yield Problem(f"{check.folder / MANIFEST} router.experts", f"no expert {', '.join(unknown)}", _HINT)
     if not faults and router.file is not None:
         yield from _check_finite(bundle_file(check.folder, router.file.name))
+
+
+def _check_gates(check: _Check) -> Iterator[Problem]:
+    gates = check.manifest.gates
+    if gates is None:
+        return
+    faults = _check_file(check.folder, gates.file)
+    yield from faults
+    if gates.experts != tuple(source.name for source in check.manifest.experts):
+        yield Problem(f"{check.folder / MANIFEST} gates.experts", "are not the bundle's experts", _HINT)
+    if not faults:
+        yield from _check_finite(bundle_file(check.folder, gates.file.name))
 
 
 def _check_finite(file: Path) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mediator_cli.evaluate.layout import common_opening, group_bins, lay_out, pa
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
     from transformers import Cache, PreTrainedModel
@@ -80,7 +82,14 @@ def make_job(
     window = getattr(config, "sliding_window", None)
     longest = max((len(query.fed) for query in queries), default=0)
     is_tree = config.model_type in TREE_MODELS and config._attn_implementation in ("sdpa", "eager")
-    return Job(model, queries, ends, limits or Limits(), is_tree and (window is None or longest <= window))
+    is_tree = is_tree and (window is None or longest <= window) and not _chooses_by_sequence(model)
+    return Job(model, queries, ends, limits or Limits(), is_tree)
+
+
+def _chooses_by_sequence(model: PreTrainedModel) -> bool:
+    """Whether gates look at a whole prompt, so that no two prompts may share a row."""
+    gating = getattr(model, "gating", None)
+    return gating is not None and gating.gates.rule.per == "sequence"
 
 
 def score_alike(job: Job, indices: Sequence[int]) -> Iterator[tuple[int, Scored]]:
@@ -150,8 +159,18 @@ def _logits(job: Job, batch: Batch, opening: Opening) -> torch.Tensor:
     known = inspect.signature(model.forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     inputs = {n: value for n, value in inputs.items() if n in known or (takes_all and n != "prompt_mask")}
-    logits: torch.Tensor = model(**inputs).logits
+    with _reading(job, batch):
+        logits: torch.Tensor = model(**inputs).logits
     return logits[:, -batch.n_kept :]
+
+
+def _reading(job: Job, batch: Batch) -> AbstractContextManager[None]:
+    """Tell a model whose gates choose by sequence where the prompts are."""
+    model: Any = job.model
+    if not _chooses_by_sequence(model):
+        return nullcontext()
+    reading: AbstractContextManager[None] = model.reading(torch.from_numpy(_prompt_mask(batch)).to(model.device))
+    return reading
 
 
 def _prompt_mask(batch: Batch) -> NDArray[np.bool_]:

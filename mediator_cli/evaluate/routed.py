@@ -38,8 +38,11 @@ def score_by_prompt(
             raise BundleError(Problem("", "only a bundle mixes experts", "leave the mixture out"))
         yield from score_alike(job, everything)
         return
-    if mixture is None and not model.opened.manifest.sparse:
+    if mixture is None and not model.opened.is_mixed:
         mixture = "dense"
+    if mixture is None and model.gating is not None:
+        yield from score_alike(job, everything)
+        return
     if mixture is not None:
         with model.mixing(mixture):
             yield from score_alike(job, everything)

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from mediator_cli.errors import Problem
 from mediator_cli.kernels.arrays import Doubles, Floats
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._matrix import Svd, rank_of, svd, triplets
-from mediator_cli.methods.statistics import Factor, Factors, Params
+from mediator_cli.methods.statistics import Factor, Params
 
 ActOn = Annotated[
     Literal["factors", "delta"],

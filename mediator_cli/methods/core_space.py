@@ -10,11 +10,12 @@ import numpy as np
 from pydantic import Field
 
 from mediator_cli.kernels.arrays import Doubles
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import Energy, shorten
 from mediator_cli.methods._matrix import Svd, rank_of, shared_rank, superpose, svd, triplets
 from mediator_cli.methods._ops import Lambda
 from mediator_cli.methods.registry import merge_method
-from mediator_cli.methods.statistics import Factors, Params
+from mediator_cli.methods.statistics import Params
 
 _Merge = Annotated[
     Literal["sum", "mean", "ties", "tsv", "cart"], Field(description="How the small matrices are merged.")

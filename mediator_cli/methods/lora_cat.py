@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mediator_cli.kernels.arrays import Doubles
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import stack
 from mediator_cli.methods.registry import merge_method
-from mediator_cli.methods.statistics import Factors
 
 
 @merge_method(space="adapter", reference="https://arxiv.org/abs/2410.13025", identity_at_one=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mediator_cli.kernels.arrays import Doubles, Floats
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import ActOn, Energy, Rank, add_up, keep_at_random, merge_each, takes_no_rank
 from mediator_cli.methods._ops import KeepChance
 from mediator_cli.methods.registry import merge_method
-from mediator_cli.methods.statistics import Factor, Factors, Uniforms
+from mediator_cli.methods.statistics import Factor, Uniforms
 
 
 @merge_method(space="adapter", reference="https://arxiv.org/abs/2311.03099", random=True, check=takes_no_rank)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mediator_cli.kernels.arrays import Doubles, Floats
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import ActOn, Energy, Rank, Share, add_up, keep_largest, merge_each, takes_no_rank
 from mediator_cli.methods.registry import merge_method
-from mediator_cli.methods.statistics import Factor, Factors
+from mediator_cli.methods.statistics import Factor
 
 
 @merge_method(

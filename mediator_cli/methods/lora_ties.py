@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mediator_cli.kernels.arrays import Doubles, Floats
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import (
     ActOn,
     Energy,
@@ -17,7 +18,7 @@ from mediator_cli.methods._factors import (
     takes_no_rank,
 )
 from mediator_cli.methods.registry import merge_method
-from mediator_cli.methods.statistics import Factor, Factors
+from mediator_cli.methods.statistics import Factor
 
 
 @merge_method(space="adapter", reference="https://arxiv.org/abs/2306.01708", check=takes_no_rank)

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from mediator_cli.errors import Problem
 from mediator_cli.kernels.arrays import Doubles, Floats
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods.statistics import (
-    Factors,
     Params,
     PerRow,
     Role,

@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from mediator_cli.kernels.arrays import Doubles, Floats
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import filled, largest_rank, rounded
 from mediator_cli.methods.registry import merge_method
-from mediator_cli.methods.statistics import Factors
 
 _Clamp = Annotated[
     float, Field(ge=0, le=1, description="Share of the ranks, those scaled most, that keep their own scale.")

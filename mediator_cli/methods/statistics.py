@@ -25,28 +25,6 @@ Uniforms = Callable[[int, Factor, tuple[int, ...]], Floats]
 
 
 @dataclass(frozen=True)
-class Factors:
-    """What an adapter adds to one matrix: scaling · b · a, with a [rank, in] and b [out, rank] in float32.
-
-    Rank 0 is no change: that of an adapter which leaves the matrix as it is.
-    """
-
-    a: Floats
-    b: Floats
-    scaling: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of a."""
-        return int(self.a.shape[0])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
-        return self.b.shape[0], self.a.shape[1]
-
-
-@dataclass(frozen=True)
 class Slab:
     """What a statistic sees of one slab: inputs [n, m], weights [n], parameters, statistics found before it.
 

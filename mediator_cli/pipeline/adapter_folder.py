@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.record import SourceFile
     from mediator_cli.checkpoint.source import Checkpoint
     from mediator_cli.kernels.arrays import Floats
-    from mediator_cli.methods.statistics import Factors
+    from mediator_cli.kernels.factors import Factors
 
     SourceFiles = tuple[SourceFile, ...]
     Weight = float | tuple[float, ...] | None

@@ -19,7 +19,7 @@ from mediator_cli.engine.publish import can_resume, check_output, publish
 from mediator_cli.engine.streams import RUNTIME_BYTES, Piece, draw, not_finite
 from mediator_cli.engine.team import Alone
 from mediator_cli.errors import OutputError, Problem, some_names
-from mediator_cli.methods.statistics import Factors
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.pipeline.adapter_folder import (
     CONFIG,
     Shape,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.read import Handle
     from mediator_cli.kernels.arrays import Floats
+    from mediator_cli.methods.statistics import Uniforms
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import ModulePlan, Plan
 
@@ -146,13 +147,7 @@ class _Merging:
         """Read what each adapter has of a module and combine it."""
         names = [expert.name for expert in self.plan.experts]
         adapters = [self._read(name, pair, module.like) for name, pair in zip(names, module.pairs, strict=True)]
-        seed = self.plan.loaded.recipe.seed
-
-        def uniforms(n: int, which: str, shape: tuple[int, ...]) -> Floats:
-            numbers = np.empty(shape, np.float32)
-            draw(seed, names[n], Piece(f"{module.name}.{which}", 0, numbers.size), numbers.reshape(-1))
-            return numbers
-
+        uniforms = drawing(self.plan.loaded.recipe.seed, names, module.name)
         with naming(module.name):
             return module.average.merge_factors(adapters, np.array(module.weights, np.float64), uniforms)
 
@@ -169,6 +164,17 @@ class _Merging:
         if not widen(read_slab(self.handles, info, 0, info.size), info.dtype, values):
             raise not_finite(values, f"expert {who}", Piece(info.name, 0, info.size))
         return values
+
+
+def drawing(seed: int, names: Sequence[str], module: str) -> Uniforms:
+    """Make what draws the uniform numbers of a module for methods on adapters, which have these names."""
+
+    def uniforms(n: int, which: str, shape: tuple[int, ...]) -> Floats:
+        numbers = np.empty(shape, np.float32)
+        draw(seed, names[n], Piece(f"{module}.{which}", 0, numbers.size), numbers.reshape(-1))
+        return numbers
+
+    return uniforms
 
 
 def _shape(module: ModulePlan) -> Shape:

@@ -19,7 +19,7 @@ from mediator_cli.engine.pool import run_all
 from mediator_cli.engine.publish import check_output, publish
 from mediator_cli.engine.streams import RUNTIME_BYTES, Piece, draw, open_streams, pieces
 from mediator_cli.errors import CheckpointError, MediatorError, OutputError, Problem, some_names
-from mediator_cli.methods.statistics import Factors
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.pipeline.adapter_folder import Shape, create_adapter_file, saved_name
 from mediator_cli.pipeline.carried import TIED, VOCABULARY, find_parts, find_saved
 from mediator_cli.pipeline.download import download_weights
@@ -99,6 +99,24 @@ def _plan(job: Job, access: Access) -> Plan:
         return make_plan(parse_partly(Path(_RECIPE), text), access)
     except MediatorError as error:
         raise CheckpointError([replace(p, place=_place(p.place)) for p in error.problems]) from None
+
+
+def nearest_factors(plan: Plan, at: int, rank: int, run: Settings) -> tuple[dict[str, Factors], float]:
+    """Find the nearest adapter of expert `at` of a plan: its factors by the base's tensors, as the base lies.
+
+    Also the share of the squares of its whole change that they hold; nothing is written. Raises CheckpointError where
+    the expert is the base itself in all matrices that an adapter can carry.
+    """
+    alone = replace(plan, experts=(plan.experts[at],), tensors=tuple(replace(t, weights=(1.0,)) for t in plan.tensors))
+    job = Job(plan.loaded.recipe.base, plan.experts[at].name, rank, seed=plan.loaded.recipe.seed)
+    parts = find_parts(alone, job.choice)
+    with open_streams(alone) as streams, threadpool_limits(1, user_api="blas"):
+        extraction = _Extraction(job, alone, streams, run)
+        found, total, held = extraction.nearest(parts)
+    if not found:
+        message = f"{plan.experts[at].name} is the base itself in all matrices that an adapter can carry"
+        raise CheckpointError(Problem("", message, "was the right folder named?"))
+    return found, held / total
 
 
 def _place(place: str) -> str:
@@ -226,6 +244,23 @@ class _Extraction:
                     kept.append(replace(found, factors=_without_values(found.factors)))
                 advance(4 * part.tensor.size)
         return kept
+
+    def nearest(self, parts: Sequence[Part]) -> tuple[dict[str, Factors], float, float]:
+        """Find the factors of all matrices; also the squares of the whole change, and of what the factors hold."""
+        found: dict[str, Factors] = {}
+        total = held = 0.0
+        for part in parts:
+            if part.kind == "other":
+                total += self._squares(part)[0]
+                continue
+            near = self._find(part)
+            total, held = total + near.change, held + near.matrix.energy * near.change
+            if near.factors.rank:
+                own = near.factors
+                is_turned = part.is_flipped or part.kind == "embedding"
+                turned = Factors(np.ascontiguousarray(own.b.T), np.ascontiguousarray(own.a.T)) if is_turned else own
+                found[part.tensor.name] = turned
+        return found, total, held
 
     def _workers(self, parts: Sequence[Part]) -> int:
         """Choose how many matrices fit in memory: each in float32, and in float64 where all values are found."""

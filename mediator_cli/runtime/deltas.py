@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from mediator_cli.bundle.deltas import SparseDelta, mix_deltas
+from mediator_cli.bundle.factors import FactorDelta
 from mediator_cli.bundle.sparse_file import STORED_AS
 from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.runtime.gated import stack_gates, turned
+from mediator_cli.runtime.low_rank import stack_factors
 from mediator_cli.runtime.stack import stack_deltas, transpose
 
 if TYPE_CHECKING:
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from mediator_cli.bundle.deltas import Delta
     from mediator_cli.bundle.read import Bundle
     from mediator_cli.runtime.gated import GatedStack
+    from mediator_cli.runtime.low_rank import LowRankStack
     from mediator_cli.runtime.stack import Stack
 
 _STACKED_BYTES = 8
 """Of a kept entry: its column and its value in four bytes each."""
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,27 @@ class Deltas:
         Raises BundleError where some do and others do not.
         """
         kept = [self.bundle.experts[expert] for expert in self.keepers if expert]
-        ways = {(spec.is_gated, spec.values, spec.index) for spec in (each.tensors[self.name] for each in kept)}
-        if len(ways) > 1 and any(is_gated for is_gated, *_ in ways):
+        specs = [each.tensors[self.name] for each in kept]
+        ways = {(spec.is_gated or spec.is_low_rank, spec.values, spec.index) for spec in specs}
+        if len(ways) > 1 and any(is_special for is_special, *_ in ways):
             raise kept[-1].file_of(self.name).fault(self.name, "is stored in another way than by other experts")
-        return any(is_gated for is_gated, *_ in ways)
+        return any(spec.is_gated for spec in specs)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether experts keep the tensor as two small matrices."""
+        kept = (self.bundle.experts[expert].tensors[self.name] for expert in self.keepers if expert)
+        return any(spec.is_low_rank for spec in kept)
 
     @property
     def stack_bytes(self) -> int:
         """Count about how many bytes the stack of a matrix takes."""
         if self.is_gated:
             return self._gated_bytes()
-        kept = (self.bundle.experts[expert].tensors[self.name].n_kept for expert in self.keepers if expert)
-        return sum(kept) * _STACKED_BYTES
+        kept = [self.bundle.experts[expert].tensors[self.name] for expert in self.keepers if expert]
+        if self.is_low_rank:
+            return sum(spec.rank * sum(spec.shape) for spec in kept) * _FLOAT_BYTES
+        return sum(spec.n_kept for spec in kept) * _STACKED_BYTES
 
     def _gated_bytes(self) -> int:
         first = next(self.bundle.experts[expert] for expert in self.keepers if expert)
@@ -85,9 +98,12 @@ class Deltas:
         ]
         return mix_deltas(dense, used)
 
-    def stack(self, device: torch.device) -> Stack | GatedStack:
+    def stack(self, device: torch.device) -> Stack | GatedStack | LowRankStack:
         """Stack the deltas of a matrix, as [out, in]."""
         n_rows, n_columns = self.bundle.tensors[self.name].shape
+        if self.is_low_rank:
+            low_rank = stack_factors([self._factors(name) for name in self.keepers], (n_rows, n_columns), device)
+            return low_rank.turned() if self.transposed else low_rank
         if self.is_gated:
             gated = self._stack_gates((n_rows, n_columns), device)
             return turned(gated) if self.transposed else gated
@@ -96,6 +112,12 @@ class Deltas:
             return stack_deltas(deltas, (n_rows, n_columns), device)
         others = [None if delta is None else transpose(delta, (n_rows, n_columns)) for delta in deltas]
         return stack_deltas(others, (n_columns, n_rows), device)
+
+    def _factors(self, expert: str | None) -> FactorDelta | None:
+        delta = None if expert is None else self.read(expert)
+        if delta is not None and not isinstance(delta, FactorDelta):
+            raise TypeError(type(delta).__name__)
+        return delta
 
     def _sparse(self, expert: str) -> SparseDelta:
         delta = self.read(expert)

@@ -48,7 +48,9 @@ class FeatureSpec:
 
 
 def spec_of(record: RouterRecord) -> FeatureSpec:
-    """Tell which features a router reads."""
+    """Tell which features a router reads; one that reads nothing has none to tell of."""
+    if record.features == "none":
+        raise ValueError("the router reads nothing")
     return FeatureSpec(record.features, record.layer, record.reads, record.first_token)
 
 

@@ -108,15 +108,15 @@ class Rows:
 
 
 def choose_prompts(
-    prompts: Mapping[str, Sequence[str]], settings: FitSettings, fits: Callable[[str], bool] = bool
+    prompts: Mapping[str, Sequence[str]], settings: FitSettings, fits: Callable[[str], bool] = bool, fewest: int = 2
 ) -> Chosen:
     """Choose and share out prompts by the digests of their texts, so that their order in a file does not matter.
 
     Prompts that several experts have, and those that do not fit, are left out. Raises BundleError, with every problem,
-    for fewer than two experts, for an expert with too few prompts, and for experts whose prompts are much the same.
+    for fewer than `fewest` experts, for one with too few prompts, and for experts whose prompts are much the same.
     """
     distinct = {name: {text.strip() for text in texts} - {""} for name, texts in prompts.items()}
-    if len(distinct) < 2:
+    if len(distinct) < fewest:
         raise BundleError(Problem("prompts", "a router needs two experts to choose from", "give prompts of another"))
     shared = {pair: distinct[pair[0]] & distinct[pair[1]] for pair in combinations(distinct, 2)}
     if problems := [*_too_few(distinct), *_same_tasks(distinct, shared)]:
@@ -200,6 +200,7 @@ def choose_usable(
     encode: Callable[[str], list[int]],
     prompts: Mapping[str, Sequence[str]],
     settings: FitSettings,
+    fewest: int = 2,
 ) -> Chosen:
     """Choose prompts as `choose_prompts` does, those alone that the features can be read of."""
     unfit: set[str] = set()
@@ -211,7 +212,7 @@ def choose_usable(
         unfit.add(text)
         return False
 
-    chosen = choose_prompts(prompts, settings, fits)
+    chosen = choose_prompts(prompts, settings, fits, fewest)
     if not unfit:
         return chosen
     more = f" or of more than {reader.limit}" if reader.limit else ""

@@ -40,7 +40,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows computed alike; `rows` None = all of the batch.
+    """Rows computed alike; `rows` None = all of the batch. Of a gated part the gates choose the weights of each token.
 
     `matrices` are the mixed matrices by name, an empty mapping for the dense expert, None for sparse products, whose
     weights [rows, experts] then say how much of each expert a row gets.
@@ -49,6 +49,7 @@ class Part:
     rows: torch.Tensor | None
     weights: torch.Tensor
     matrices: Mapping[str, torch.Tensor] | None
+    is_gated: bool = False
     scratch: Scratch = field(default_factory=Scratch, compare=False)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,6 +171,12 @@ def divide(weights: torch.Tensor, n_tokens: int, cache: MixtureCache, switch: in
     if products:
         parts.append(_part(weights, sorted(products), None))
     return Division(tuple(parts), waits)
+
+
+def gated_division(n_rows: int, n_experts: int, device: torch.device) -> Division:
+    """Make the one part of a batch whose experts are chosen by gates."""
+    weights = torch.ones(n_rows, n_experts, device=device)
+    return Division((Part(None, weights, None, is_gated=True),), waits=False)
 
 
 def _matrices(mixture: Mixture, n_tokens: int, cache: MixtureCache, switch: int) -> Mapping[str, torch.Tensor] | None:

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.combine import Combine, expand, find_members, join_hidden, join_logits
-from mediator_cli.runtime.mixing import as_weights, divide, spread
+from mediator_cli.runtime.gates import Gating  # noqa: TC001 - transformers evaluates the annotations of its classes
+from mediator_cli.runtime.gating import watch_gates
+from mediator_cli.runtime.mixing import as_weights, divide, gated_division, spread
 from mediator_cli.runtime.routing import route_prompts
 
 if TYPE_CHECKING:
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """The bundle behind a model, and how mixtures are computed: `switch` tokens pay for a mixed matrix.
+    """What is behind a model, and how mixtures are computed: `switch` tokens pay for a mixed matrix.
 
-    `modules` are what the mixers mix, in the same order.
+    `modules` are what the mixers mix, in the same order. Without experts that mix, all is answered by the dense model.
+    `manifest` is None of a model whose experts were given by hand.
     """
 
     path: Path
-    manifest: Manifest
+    experts: tuple[str, ...]
+    manifest: Manifest | None
     reader: PromptReader | None
     router: Router | None
     mixers: tuple[Mixer, ...]
@@ -48,6 +52,11 @@ class Opened:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that prompts are read with; None without a router."""
         return self.reader.tokenizer if self.reader else None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there is anything to mix."""
+        return bool(self.mixers)
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,15 @@ class Planned:
 class MixState:
     """What is mixed at present: the weights [rows, experts] that were set, None = route; and the last pass.
 
-    `members` answer the rows of the last call where outputs are combined; `is_called` while such a call runs.
+    `is_prompt` [rows, tokens] says where prompts are, if a caller knows. `members` answer the rows of the last call
+    where outputs are combined; `is_called` while such a call runs.
     """
 
     weights: torch.Tensor | None = None
     planned: Planned | None = None
     members: Members | None = None
     is_called: bool = False
+    is_prompt: torch.Tensor | None = None
 
 
 class RoutedModel(PreTrainedModel):
@@ -83,17 +94,21 @@ class RoutedModel(PreTrainedModel):
     opened: Opened
     state: MixState
     combine: Combine
+    gating: Gating | None
 
     @property
     def expert_names(self) -> tuple[str, ...]:
         """Name the experts in the order of a mixture's weights."""
-        return tuple(source.name for source in self.opened.manifest.experts)
+        return self.opened.experts
 
     def route(self, prompts: Sequence[Sequence[int]]) -> Routing:
         """Decide the mixture of each prompt, given as token ids, chat template included or not.
 
-        Raises BundleError when the bundle has no router or a prompt is empty.
+        Of a bundle with gates: the mean of what they choose on the prompt, over all of them. Raises BundleError when
+        the bundle has no router or a prompt is empty.
         """
+        if self.gating is not None:
+            return watch_gates(self, self.gating, prompts)
         router, reader = self.opened.router, self.opened.reader
         if router is None or reader is None:
             hint = "fit one with `mediator fit-router`, or give a mixture"
@@ -132,7 +147,7 @@ class RoutedModel(PreTrainedModel):
         """
         generate = super().generate  # type: ignore[misc]
         self._refuse_beams(kwargs)
-        if mixture is None and self.state.weights is not None:
+        if mixture is None and (self.state.weights is not None or self.gating is not None):
             return generate(inputs, *args, **kwargs)
         if mixture is None:
             ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -157,7 +172,7 @@ class RoutedModel(PreTrainedModel):
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Repeat the rows of a call for their experts, where these are run apart; a forward hook of the model."""
-        if self.combine == "parameters":
+        if self.combine == "parameters" or self.is_gated:
             return None
         ids = args[0] if args else kwargs.get("input_ids")
         given = ids if ids is not None else kwargs["inputs_embeds"]
@@ -205,11 +220,14 @@ class RoutedModel(PreTrainedModel):
         """Tell all mixers the parts of the batch that is about to run; a forward hook of the decoder."""
         ids = args[0] if args else kwargs.get("input_ids")
         given = ids if ids is not None else kwargs["inputs_embeds"]
+        shape = (given.shape[0], given.shape[1])
+        if self.is_gated:
+            self._begin_gated(shape[0], kwargs)
+            return
         called = self.state.members if self.state.is_called else None
         weights = self.state.weights if called is None else called.weights
         if weights is None:
             weights = self._weights_of_call(ids, kwargs)
-        shape = (given.shape[0], given.shape[1])
         last = self.state.planned
         if last and last.weights is weights and last.shape == shape and not last.division.waits:
             return
@@ -218,8 +236,33 @@ class RoutedModel(PreTrainedModel):
         self.state = replace(self.state, planned=Planned(weights, shape, division))
         self._set_division(division)
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether gates choose the experts of what runs; a mixture given by hand comes before them."""
+        return self.gating is not None and self.state.weights is None
+
+    def _begin_gated(self, n_rows: int, kwargs: dict[str, Any]) -> None:
+        mask = self.state.is_prompt
+        if mask is None and isinstance(given := kwargs.get("attention_mask"), torch.Tensor) and given.ndim == 2:
+            mask = given.bool()
+        continues = _goes_on(kwargs)
+        if self.gating is not None:
+            self.gating.begin(None if continues else mask, continues=continues)
+        self.state = replace(self.state, planned=None)
+        self._set_division(gated_division(n_rows, len(self.expert_names), self.device))
+
+    @contextmanager
+    def reading(self, is_prompt: torch.Tensor | None) -> Iterator[None]:
+        """Say where prompts are [rows, tokens] in the calls inside the block, for gates that choose by sequence."""
+        before = self.state.is_prompt
+        self.state = replace(self.state, is_prompt=is_prompt)
+        try:
+            yield
+        finally:
+            self.state = replace(self.state, is_prompt=before)
+
     def _weights_of_call(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
-        if any(_has_begun(kwargs.get(name)) for name in ("past_key_values", "cache_params")):
+        if _goes_on(kwargs):
             hint = "wrap the calls in `with model.mixing(...)`, or use generate"
             raise BundleError(Problem("", "the mixture of a sequence that goes on is not known", hint))
         return self._route_batch(ids, kwargs.get("attention_mask"))
@@ -237,11 +280,26 @@ class RoutedModel(PreTrainedModel):
             mixer.parts = parts
 
 
+def make_routed(model: PreTrainedModel, opened: Opened, combine: Combine) -> RoutedModel:
+    """Turn a loaded model, whose modules mix by now, into a RoutedModel of its own class, in place."""
+    model.__class__ = type(f"Routed{type(model).__name__}", (RoutedModel, type(model)), {})
+    if not isinstance(model, RoutedModel):
+        raise TypeError(type(model).__name__)
+    model.opened, model.combine, model.state, model.gating = opened, combine, MixState(), None
+    model.watch()
+    return model
+
+
 def _with_value(output: Any, name: str | int, value: torch.Tensor) -> Any:  # noqa: ANN401 - a tuple or a ModelOutput
     if isinstance(output, tuple):
         return (value, *output[1:])
     output[cast("str", name)] = value
     return output
+
+
+def _goes_on(kwargs: dict[str, Any]) -> bool:
+    """Whether a call goes on with a sequence that an earlier one began."""
+    return any(_has_begun(kwargs.get(name)) for name in ("past_key_values", "cache_params"))
 
 
 def _has_begun(cache: Any) -> bool:  # noqa: ANN401 - caches differ by model

@@ -17,12 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.forms import call_with, form_of, takes_rows
 from mediator_cli.runtime.gated import GatedStack, gated_product, gated_rows
+from mediator_cli.runtime.low_rank import LowRankStack
 from mediator_cli.runtime.stack import Stack, slice_stack, sparse_product, sparse_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mediator_cli.runtime.deltas import Deltas
+    from mediator_cli.runtime.held import HeldDeltas
     from mediator_cli.runtime.mixing import Part
     from mediator_cli.runtime.stack import Slice
 
@@ -34,21 +36,26 @@ class Matrix:
     `stack` is made when products are first needed, and kept if `keeps`; `slices` are views of it by experts held.
     """
 
-    deltas: Deltas
+    deltas: Deltas | HeldDeltas
     keeps: bool = True
-    stack: Stack | GatedStack | None = None
+    stack: Stack | GatedStack | LowRankStack | None = None
     slices: dict[tuple[int, int], Slice] = field(default_factory=dict)
 
-    def stacked(self, device: torch.device) -> Stack | GatedStack:
+    def stacked(self, device: torch.device) -> Stack | GatedStack | LowRankStack:
         """Return the stack, made anew unless it is kept."""
         stack = self.deltas.stack(device) if self.stack is None else self.stack
         if self.keeps:
             self.stack = stack
         return stack
 
-    def product(self, tokens: torch.Tensor, part: Part) -> torch.Tensor:
-        """Compute Σ weight · delta · x for a part in float32: tokens [columns, tokens] → [rows, tokens]."""
+    def product(self, tokens: torch.Tensor, part: Part, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute Σ weight · delta · x for a part in float32: tokens [columns, tokens] → [rows, tokens].
+
+        `weights` [tokens, experts] are those that gates chose, which low-rank experts alone take.
+        """
         found = self.slices.get((part.used[0], part.used[-1])) or self.stacked(tokens.device)
+        if isinstance(found, LowRankStack):
+            return found.product(tokens, _per_token(part.weights, tokens.shape[1]) if weights is None else weights)
         if isinstance(found, GatedStack):
             return gated_product(found, tokens, part)
         if isinstance(found, Stack):
@@ -60,6 +67,8 @@ class Matrix:
     def rows(self, indices: torch.Tensor, part: Part) -> torch.Tensor:
         """Mix single rows of the deltas: indices [tokens] → float32 [tokens, columns]."""
         stack = self.stacked(indices.device)
+        if isinstance(stack, LowRankStack):
+            return stack.rows(indices, _per_token(part.weights, len(indices)))
         if isinstance(stack, GatedStack):
             return gated_rows(stack, indices, part)
         return sparse_rows(stack, indices, _per_token(part.weights, len(indices)))
@@ -67,11 +76,15 @@ class Matrix:
 
 @dataclass
 class Mixer:
-    """What one module mixes: its matrix, the deltas of its vectors [experts, n], and the parts of the batch."""
+    """What one module mixes: its matrix, the deltas of its vectors [experts, n], and the parts of the batch.
+
+    `choose` makes weights [tokens, experts] of its input [rows, tokens, in], where gates choose experts.
+    """
 
     matrix: Matrix | None = None
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    choose: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -82,7 +95,8 @@ class Mixer:
         """Add the sparse experts' share for x [rows, …, columns] to y [rows, …, n]; summed in float32, rounded once."""
         if self.matrix is None or not part.used:
             return y
-        share = self.matrix.product(part.tokens(x), part)
+        weights = self.choose(x) if part.is_gated and self.choose is not None else None
+        share = self.matrix.product(part.tokens(x), part, weights)
         return (y.view(-1, y.shape[-1]) + share.t()).to(y.dtype).view(y.shape)
 
     def vector(self, name: str, dense: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ from mediator_cli.bundle.read import read_bundle
 from mediator_cli.errors import BundleError, Problem, first_line
 from mediator_cli.runtime.deltas import Deltas
 from mediator_cli.runtime.forms import form_of
+from mediator_cli.runtime.gates_file import read_gates
+from mediator_cli.runtime.gating import set_gates
 from mediator_cli.runtime.mixing import MixtureCache
-from mediator_cli.runtime.model import MixState, Opened, RoutedModel
+from mediator_cli.runtime.model import Opened, make_routed
 from mediator_cli.runtime.modules import Matrix, Mixer, take_over
 from mediator_cli.runtime.parameters import match_parameters
 from mediator_cli.runtime.prompts import load_tokenizer, prompt_reader
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mediator_cli.runtime.combine import Combine
     from mediator_cli.runtime.forms import Form
     from mediator_cli.runtime.mixing import Matrices, Mixture
+    from mediator_cli.runtime.model import RoutedModel
     from mediator_cli.runtime.parameters import Owner
 
 CACHE_BYTES = 1 << 30
@@ -55,15 +58,12 @@ def open_bundle(
     or holds what cannot be mixed.
     """
     bundle = read_bundle(Path(folder))
-    router = read_router(bundle.path, bundle.manifest)
+    router, gates = read_router(bundle.path, bundle.manifest), read_gates(bundle.path, bundle.manifest)
     model = load_dense(bundle.path, dtype).to(device)  # type: ignore[arg-type]
     owners = _routed_owners(bundle, model)
     dense = {name: group[0].parameter.detach() for name, group in owners.items()}
     installed = tuple(_install(bundle, owners))
     mixers = tuple(mixer for _, mixer in installed)
-    model.__class__ = type(f"Routed{type(model).__name__}", (RoutedModel, type(model)), {})
-    if not isinstance(model, RoutedModel):
-        raise TypeError(type(model).__name__)
     matrices = {mixer.name: mixer.matrix for mixer in mixers if mixer.matrix is not None}
     is_gated = any(matrix.deltas.is_gated for matrix in matrices.values())
     stacked = sum(matrix.deltas.stack_bytes for matrix in matrices.values())
@@ -72,16 +72,21 @@ def open_bundle(
     keeps = stacked + (every if is_gated and every <= cache_bytes else 0) <= cache_bytes
     for matrix in matrices.values():
         matrix.keeps = keeps
-    cache = _cache(dense, matrices, cache_bytes - stacked if keeps else cache_bytes)
+    # Of low-rank experts alone, products cost so little that no mixed matrix is worth building.
+    is_low_rank = all(matrix.deltas.is_low_rank for matrix in matrices.values())
+    room = 0 if is_low_rank and keeps else cache_bytes - stacked if keeps else cache_bytes
+    cache = _cache(dense, matrices, room)
     reader = prompt_reader(load_tokenizer(bundle.path)) if router else None
     suits = SWITCH_TOKENS if keeps and not is_gated else SWITCH_GATED
     switch = suits if switch_tokens is None else switch_tokens
     modules = tuple(module for module, _ in installed)
-    model.opened = Opened(bundle.path, bundle.manifest, reader, router, mixers, modules, cache, switch)
-    model.combine = combine or (router.record.policy.combine if router is not None else "parameters")
-    model.state = MixState()
-    model.watch()
-    return model
+    names = tuple(source.name for source in bundle.manifest.experts)
+    opened = Opened(bundle.path, names, bundle.manifest, reader, router, mixers, modules, cache, switch)
+    how = combine or (router.record.policy.combine if router is not None else "parameters")
+    routed = make_routed(model, opened, how)
+    if gates is not None:
+        set_gates(routed, gates)
+    return routed
 
 
 def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -148,7 +153,7 @@ def _mixer(bundle: Bundle, members: list[tuple[Owner, str]], matrices: Mapping[s
     for owner, name in members:
         _check_shapes(bundle, name, owner.parameter)
         if owner.parameter.ndim == 1:
-            mixer.vectors[owner.name] = matrices[name].deltas.rows().to(owner.parameter.device)
+            mixer.vectors[owner.name] = Deltas(bundle, name).rows().to(owner.parameter.device)
         else:
             mixer.matrix = matrices[name]
     return mixer

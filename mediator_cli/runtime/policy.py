@@ -46,8 +46,9 @@ def mix(
     A row of zeros is the dense expert alone; only `outside` rows of rules that read the input can be such a row.
     """
     weights = _apply_rule(probabilities, policy, experts)
-    if policy.outside == "dense" and policy.rule not in BLIND_RULES:
-        weights = np.where(outside[:, None], 0.0, weights)
+    if policy.outside != "ignore" and policy.rule not in BLIND_RULES:
+        answers = 0.0 if policy.outside == "dense" else 1 / weights.shape[1]
+        weights = np.where(outside[:, None], answers, weights)
     return weights.astype(np.float32)
 
 

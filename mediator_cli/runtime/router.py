@@ -6,7 +6,6 @@ The file is a plain safetensors file of the arrays of classifier and outside mod
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,8 @@ import numpy as np
 from mediator_cli.bundle.manifest import MANIFEST, bundle_file
 from mediator_cli.checkpoint.header import read_header
 from mediator_cli.checkpoint.read import open_files, read_slab
-from mediator_cli.checkpoint.write import NewTensor, create_file, write_at, write_error
 from mediator_cli.errors import BundleError, CheckpointError, Problem
+from mediator_cli.runtime.arrays_file import write_arrays
 from mediator_cli.runtime.calibrate import softmax
 from mediator_cli.runtime.classify import Classifier, RidgeSums, logits
 from mediator_cli.runtime.outside import MOST_DIRECTIONS, OutsideModel, outside_score
@@ -40,7 +39,6 @@ FORMAT = "mediator.router"
 FORMAT_VERSION = "1"
 _DAMAGED = "the router is damaged; fetch the bundle again or fit the router again"
 _POSITIVE = ("classifier.scale", "outside.scale", "outside.residual_variance", "outside.steps")
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +76,8 @@ class Router:
 
         Raises BundleError when the features are not those that the router was fitted on, or not finite.
         """
+        if self.record.features == "none":
+            return self._blind(len(features))
         lengths = None
         if self.record.asks:
             features, lengths = features[:, :-1], features[:, -1]
@@ -97,6 +97,11 @@ class Router:
         above = math.inf if self.record.outside_above is None else self.record.outside_above
         routing = self._decide(probabilities, score, score > above)
         return routing if lengths is None else self._with_answers(routing, features, lengths == 0)
+
+    def _blind(self, n_rows: int) -> Routing:
+        """Give all inputs the policy's mixture."""
+        n_experts = len(self.record.experts)
+        return self._decide(np.full((n_rows, n_experts), 1 / n_experts), np.zeros(n_rows), np.zeros(n_rows, bool))
 
     def _decide(self, probabilities: Floats, score: Floats, is_outside: NDArray[np.bool_]) -> Routing:
         experts = self.record.experts
@@ -174,17 +179,7 @@ def write_router(file: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
 
     Raises OutputError when the file exists or the disk refuses.
     """
-    ordered = sorted(arrays, key=lambda name: -arrays[name].itemsize)
-    tensors = [NewTensor(name, _DTYPES[arrays[name].dtype], arrays[name].shape) for name in ordered]
-    places = create_file(file, tensors, {"format": FORMAT, "version": FORMAT_VERSION})
-    try:
-        with file.open("r+b") as stream:
-            for name in ordered:
-                data = memoryview(np.ascontiguousarray(arrays[name]).tobytes())
-                write_at(stream.fileno(), file, data, places[name].start)
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise write_error(file, error) from None
+    write_arrays(file, arrays, {"format": FORMAT, "version": FORMAT_VERSION})
 
 
 def read_router(folder: Path, manifest: Manifest) -> Router | None:
@@ -208,10 +203,16 @@ def read_router(folder: Path, manifest: Manifest) -> Router | None:
     arrays = {name: _read(info) for name, info in places.items() if not name.startswith("ridge.")}
     for name, array in arrays.items():
         _check_values(places[name], array)
+    return make_router(record, arrays)
+
+
+def make_router(record: RouterRecord, arrays: Mapping[str, NDArray[np.generic]]) -> Router:
+    """Make a router of a record and the arrays of its file, as `router_arrays` names them."""
     parts: dict[str, dict[str, Floats]] = {"classifier": {}, "outside": {}}
     for name, array in arrays.items():
         part, _, field = name.partition(".")
-        parts[part][field] = array
+        if part in parts:
+            parts[part][field] = array.astype(np.float64)
     classifier = Classifier(**parts["classifier"], unit=record.classifier == "prototype")
     return Router(record, classifier, OutsideModel(**parts["outside"]))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from mediator_cli.runtime.ask import asked_ids, asking_reader
 from mediator_cli.runtime.features import prompt_features, spec_of
 
@@ -22,6 +24,8 @@ def route_prompts(model: Experts, reader: PromptReader, router: Router, prompts:
 
     Raises BundleError for an empty one.
     """
+    if router.record.features == "none":
+        return router.route(np.zeros((len(prompts), 0)))
     spec = spec_of(router.record)
     if spec.asks:
         asked = [asked_ids(reader, spec, prompt) for prompt in prompts]

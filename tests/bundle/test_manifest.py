@@ -49,7 +49,7 @@ def test_an_older_manifest_is_told_as_such(bundle):
     assert raised.value.problems[0].hint == "merge again"
 
 
-@pytest.mark.parametrize("version", [5, "2", None, True])
+@pytest.mark.parametrize("version", [6, "2", None, True])
 def test_a_version_of_another_kind_is_refused(bundle, version):
     data = json.loads((bundle / MANIFEST).read_text()) | {"schema_version": version}
     (bundle / MANIFEST).write_text(json.dumps(data))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from mediator_cli.kernels.factors import Factors
 from mediator_cli.methods._factors import keep_largest, product_svd, shorten
 from mediator_cli.methods.method import ResolvedMethod
 from mediator_cli.methods.registry import methods, resolve_method
-from mediator_cli.methods.statistics import Factors
 
 METHODS = {name: method for name, method in methods().items() if method.space == "adapter"}
 FORMS = [(name, {}) for name in METHODS]

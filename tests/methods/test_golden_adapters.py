@@ -9,7 +9,7 @@ from golden_cases import INPUTS, NAMES, each_case, resolved, stored, weights_of,
 from safetensors.numpy import load_file, save_file
 
 from mediator_cli import Settings, load_recipe, make_plan, merge
-from mediator_cli.methods.statistics import Factors
+from mediator_cli.kernels.factors import Factors
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 TIES, PRUNE = {"density": 0.4}, {"density": 0.4}

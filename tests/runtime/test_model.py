@@ -290,7 +290,7 @@ def test_a_dense_model_that_lacks_a_weight_is_refused(bundle: Path) -> None:
 
 def test_a_newer_manifest_is_refused(bundle: Path) -> None:
     file = bundle / "routing_manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 5}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 6}))
     assert "schema_version" in problem(lambda: open_bundle(bundle))
 
 

@@ -165,32 +165,47 @@ class AdapterReader:
         return self._window(window, 0, window.shape[0]).copy(order="C")
 
     def _window(self, window: Window, first: int, last: int) -> Floats | Doubles:
-        """Read rows `first` to `last` of a matrix, in any order of its elements in memory."""
-        width, columns = window.width, slice(window.left, None, window.step)
-        if not window.is_flipped:
-            top, bottom = (window.top + first) * width, (window.top + last) * width
-            return self._read(window.info, top, bottom).reshape(-1, width)[:, columns]
-        if window.step == 1 and last - first < window.shape[0]:
-            # Of a long factor, read only the part of each row that is wanted.
-            starts = [row * width + window.left for row in range(window.top, window.bottom)]
-            flipped: NDArray[Any] = np.stack([self._read(window.info, at + first, at + last) for at in starts])
-            return flipped.T
-        stored = self._read(window.info, window.top * width, window.bottom * width).reshape(-1, width)
-        return stored[:, columns].T[first:last]
+        return read_window(self.descriptors, window, first, last)
 
     def _doubles(self, info: TensorInfo, start: int, stop: int) -> Doubles:
         return self._read(info, start, stop).astype(np.float64)
 
     def _read(self, info: TensorInfo, start: int, stop: int) -> Floats | Doubles:
-        """Read elements in float64 if they are stored so, else in float32, which is exact for the adapter's floats."""
-        stored = read_slab(self.descriptors, info, start, stop)
-        if info.dtype in ("F32", "F64"):
-            return stored
-        floats = np.empty(stop - start, np.float32)
-        if not widen(stored, info.dtype, floats) and info.dtype == "F16":
-            # Widening loses infinity, which must show in what is made of these.
-            floats[:] = stored.view(np.float16)
-        return floats
+        return _read_exactly(self.descriptors, info, start, stop)
+
+
+def read_window(
+    descriptors: Mapping[Path, Handle], window: Window, first: int = 0, last: int | None = None
+) -> Floats | Doubles:
+    """Read rows `first` to `last` of a matrix, in any order of its elements in memory.
+
+    In float64 if it is stored so, else in float32, which is exact for the adapter's floats.
+    """
+    last = window.shape[0] if last is None else last
+    width, columns = window.width, slice(window.left, None, window.step)
+    if not window.is_flipped:
+        top, bottom = (window.top + first) * width, (window.top + last) * width
+        return _read_exactly(descriptors, window.info, top, bottom).reshape(-1, width)[:, columns]
+    if window.step == 1 and last - first < window.shape[0]:
+        # Of a long factor, read only the part of each row that is wanted.
+        starts = [row * width + window.left for row in range(window.top, window.bottom)]
+        parts = [_read_exactly(descriptors, window.info, at + first, at + last) for at in starts]
+        flipped: NDArray[Any] = np.stack(parts)
+        return flipped.T
+    stored = _read_exactly(descriptors, window.info, window.top * width, window.bottom * width).reshape(-1, width)
+    return stored[:, columns].T[first:last]
+
+
+def _read_exactly(descriptors: Mapping[Path, Handle], info: TensorInfo, start: int, stop: int) -> Floats | Doubles:
+    """Read elements in float64 if they are stored so, else in float32."""
+    stored = read_slab(descriptors, info, start, stop)
+    if info.dtype in ("F32", "F64"):
+        return stored
+    floats = np.empty(stop - start, np.float32)
+    if not widen(stored, info.dtype, floats) and info.dtype == "F16":
+        # Widening loses infinity, which must show in what is made of these.
+        floats[:] = stored.view(np.float16)
+    return floats
 
 
 def _overwrite(slab: Floats, start: int, first: int, values: Floats | Doubles) -> None:
