@@ -8,7 +8,7 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous check clean
+.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous tradeoffs-adapters check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ moe-quality: install ## Mixtures of Experts of the demo's experts against merges
 
 heterogeneous: install ## two experts of different architectures in one model, against each and a router; 15 minutes after make demo-experts
 	$(BIN)/python -m scripts.heterogeneous
+
+tradeoffs-adapters: demo-experts ## twelve LoRA adapters on twelve small tasks, and rows of four held-out tasks; half an hour on one core
+	$(BIN)/python -m scripts.tradeoffs.adapters
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 

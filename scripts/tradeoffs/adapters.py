@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from scripts.demo import cache, experts, measure
 from scripts.demo.progress import clock, reporting
@@ -103,7 +103,7 @@ def make_adapter(task: str, demo_data: Path, data: Path, base: Path, console: Co
 
 def summary(made: dict[str, Path]) -> Table:
     """Return a table of the adapters' shapes, sizes, accuracies and times."""
-    table = Table("adapter", "targets", title="Adapters in demo/tradeoffs/adapters")
+    table = Table(Column("adapter", no_wrap=True), "targets", title="Adapters in demo/tradeoffs/adapters")
     for heading in ("rank", "scale", "MB", "rows", "base", "expert", "time"):
         table.add_column(heading, justify="right")
     for task, folder in made.items():
