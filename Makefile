@@ -8,10 +8,10 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous tradeoffs-adapters check clean
+.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous tradeoffs-adapters tradeoffs check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml scripts/constraints.txt scripts/demo/packages.txt
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +90,9 @@ heterogeneous: install ## two experts of different architectures in one model, a
 
 tradeoffs-adapters: demo-experts ## twelve LoRA adapters on twelve small tasks, and rows of four held-out tasks; half an hour on one core
 	$(BIN)/python -m scripts.tradeoffs.adapters
+
+tradeoffs: tradeoffs-adapters ## every way to answer with the twelve adapters, and with fewer of them; an hour and a half after that
+	$(MEDIATOR) compare recipes/smollm2/tradeoffs.yaml --markdown scripts/tradeoffs/results.md --plot demo/tradeoffs/compare.html
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 

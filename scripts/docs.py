@@ -21,10 +21,14 @@ from mediator_cli.cli.methods import short_reference
 from mediator_cli.methods.registry import methods
 from mediator_cli.plan.schema import recipe_schema
 from mediator_cli.recipe.average import AverageSpec
+from mediator_cli.recipe.compare import compare_schema
 from mediator_cli.recipe.heterogeneous import heterogeneous_schema
+from mediator_cli.strategies.registry import strategies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pydantic import BaseModel
 
     from mediator_cli.cli.method_pages import MethodPage
 
@@ -35,6 +39,7 @@ MARKED = (
     "mediator_cli/cli/README.md",
     "mediator_cli/methods/README.md",
     "mediator_cli/moe/heterogeneous/README.md",
+    "mediator_cli/strategies/README.md",
 )
 
 
@@ -114,10 +119,35 @@ def heterogeneous_fields_block() -> str:
     return table(("field", "default", "meaning"), list(_fields(schema, schema, "")))
 
 
+def compare_fields_block() -> str:
+    """List every field of a recipe of kind compare."""
+    schema = compare_schema()
+    return table(("field", "default", "meaning"), list(_fields(schema, schema, "")))
+
+
+def strategies_block() -> str:
+    """List all strategies with their parameters, group by group."""
+    parts = []
+    for group in ("reference", "ensemble", "merge", "route"):
+        own = [each for each in strategies().values() if each.group == group]
+        rows = [
+            (f"`{each.name}`", each.summary, _parameters(each.schema), f"[{short_reference(each.reference)}]({each.reference})")
+            for each in own
+        ]
+        parts.append(f"### {group}\n\n{table(('strategy', 'what it does', 'parameters', 'reference'), rows)}")
+    return "\n\n".join(parts)
+
+
+def _parameters(schema: type[BaseModel]) -> str:
+    fields = schema.model_fields.items()
+    told = [f"`{name}: {json.dumps(field.default)}` {field.description or ''}".rstrip() for name, field in fields]
+    return "<br>".join(told)
+
+
 def _fields(schema: dict[str, Any], node: dict[str, Any], prefix: str) -> Any:  # noqa: ANN401 - a generator of rows
     for name, facts in node.get("properties", {}).items():
         inner = _resolve(schema, facts)
-        is_list = facts.get("type") == "array"
+        is_list = facts.get("type") == "array" or "items" in facts
         target = _resolve(schema, facts["items"]) if is_list and "items" in facts else inner
         field = f"{prefix}{name}{'[]' if is_list else ''}"
         if name == "average":
@@ -154,6 +184,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "method pages": method_pages_block,
     "recipe fields": recipe_fields_block,
     "heterogeneous fields": heterogeneous_fields_block,
+    "compare fields": compare_fields_block,
+    "strategies": strategies_block,
 }
 
 
@@ -173,6 +205,7 @@ def wanted() -> dict[Path, str]:
     schemas = {
         ROOT / "recipes" / "recipe.schema.json": recipe_schema(),
         ROOT / "recipes" / "heterogeneous.schema.json": heterogeneous_schema(),
+        ROOT / "recipes" / "compare.schema.json": compare_schema(),
         ROOT / "mediator_cli" / "bundle" / "manifest.schema.json": Manifest.model_json_schema(),
         ROOT / "mediator_cli" / "bundle" / "conflicts.schema.json": ConflictReport.model_json_schema(),
     }

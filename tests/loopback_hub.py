@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 TOKEN = "hf_loopbackSecretToken0123456789"
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/?]+))?(\?.*)?$")
+_COLLECTION = re.compile(r"/api/collections/(?P<slug>[^/]+/[^/?]+)$")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)$")
 _CDN = re.compile(r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<commit>[^/]+)/(?P<name>.+)$")
 
@@ -48,12 +49,13 @@ class LoopbackHub:
     """The hub's state and what it was asked.
 
     `cuts` are bytes after which bodies of weights break off, `faults` are (pattern of `METHOD /path`, status, headers);
-    both are used up one by one.
+    both are used up one by one. `collections` are kind and id of their items, by slug.
     """
 
     url: str = ""
     cdn: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
+    collections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     served: dict[str, int] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
@@ -123,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self, method: str, token: str | None) -> None:
         if self.hub.nonsense:
             return self.send(200, {"Content-Type": "application/json"}, self.hub.nonsense.encode(), method)
+        if listed := _COLLECTION.match(self.path):
+            return self.send_collection(listed["slug"])
         match = _API.match(self.path) or _RESOLVE.match(self.path)
         repo = self.hub.repos.get(match["repo"]) if match else None
         if repo is None or (repo.private and token != f"Bearer {TOKEN}"):
@@ -144,6 +148,17 @@ class _Handler(BaseHTTPRequestHandler):
             row = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
             siblings.append(row | (lfs if name.endswith(".safetensors") else {}))
         return {"id": repo_id, "sha": commit, "siblings": siblings, "private": repo.private, "tags": []}
+
+    def send_collection(self, slug: str) -> None:
+        if slug not in self.hub.collections:
+            return self.refuse(404, {})
+        items = [
+            {"_id": f"{n:024x}", "id": name, "type": kind, "position": n}
+            for n, (kind, name) in enumerate(self.hub.collections[slug])
+        ]
+        facts = {"slug": slug, "title": "t", "owner": {"name": "org"}, "items": items, "private": False}
+        numbers = {"lastUpdated": "2026-01-02T03:04:05.000Z", "position": 0, "upvotes": 0}
+        return self.send_json(facts | numbers | {"theme": "green"})
 
     def resolve(self, method: str, repo_id: str, repo: Repo, commit: str, name: str) -> None:
         data = repo.commits[commit].get(name)

@@ -140,7 +140,7 @@ def test_a_router_of_the_new_version_does_not_pass_for_one_of_an_older(asked_onc
     ("change", "message"),
     [
         ({"features": "text", "form": None}, "features text need a classifier"),
-        ({"classifier": "logistic", "form": None}, "a fitted router has outside_above, report and file"),
+        ({"classifier": "logistic", "form": None}, "a fitted router has outside_above and file"),
         ({"form": None}, "form goes with perplexity"),
         ({"file": {"name": ROUTER, "bytes": 1, "sha256": ""}}, "classifier none has no file"),
     ],

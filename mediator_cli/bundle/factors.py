@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from mediator_cli.bundle.sparse_file import SparseTensor
+from mediator_cli.bundle.factor_writer import add_factors
 from mediator_cli.bundle.sparse_writer import create_sparse_file
-from mediator_cli.checkpoint.read import narrow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.kernels.arrays import Floats
     from mediator_cli.kernels.factors import Factors
 
 
@@ -60,22 +57,6 @@ def write_factors(file: Path, expert: str, factors: Mapping[str, Factors]) -> No
     """
     with create_sparse_file(file, expert, list(factors)) as writer:
         for name, own in factors.items():
-            dtype = "BF16" if _is_exact(own.a) and _is_exact(own.b) else "F32"
-            spec = SparseTensor(
-                shape=own.shape,
-                n_kept=own.shape[0] * own.shape[1],
-                index="all",
-                values="factors",
-                scale=own.scaling,
-                rank=own.rank,
-            )
-            places = writer.place(name, spec, dtype, 0)
-            for kind, values in (("a", own.a), ("b", own.b)):
-                writer.write(places[kind], narrow(np.ascontiguousarray(values).reshape(-1), dtype)[0])
+            add_factors(writer, name, own)
         writer.sync()
         writer.finish()
-
-
-def _is_exact(values: Floats) -> bool:
-    """Whether bfloat16 holds all values as they are."""
-    return not (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any()

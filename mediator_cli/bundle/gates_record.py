@@ -27,8 +27,8 @@ class GateRule(Record):
     at: Annotated[
         Literal["module", "layer"],
         Field(
-            description="Whether each matrix has a gate that reads its input, or each decoder layer, or a part of it such "
-            "as its MLP, one for all its matrices."
+            description="Whether each matrix has a gate that reads its input, or each decoder layer, or a part of it "
+            "such as its MLP, one for all its matrices."
         ),
     ] = "module"
     per: Annotated[

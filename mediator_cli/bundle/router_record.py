@@ -24,8 +24,8 @@ class PolicyRecord(Record):
     outside: Annotated[
         Literal["dense", "uniform", "ignore"],
         Field(
-            description="What answers an input unlike all tasks: the dense expert, all experts alike, or whatever the rule "
-            "says."
+            description="What answers an input unlike all tasks: the dense expert, all experts alike, or whatever the "
+            "rule says."
         ),
     ] = "dense"
     combine: Annotated[

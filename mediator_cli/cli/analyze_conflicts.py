@@ -42,6 +42,7 @@ def analyze_conflicts(
     quiet: QuietOption = False,
 ) -> None:
     """Measure where the experts disagree: a heat map of layers by module kinds, and a report to reuse."""
+    from mediator_cli.checkpoint.hub.collections import collection_lister
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.heat.map import check_plot, draw, print_heat_map, write_report
     from mediator_cli.cli.progress import shown_progress
@@ -56,7 +57,8 @@ def analyze_conflicts(
     if sample is not None and not 0 < sample < 1:
         message = f"{sample:g} is no share between 0 and 1"
         raise OutputError(Problem("--sample", message, "give for example --sample 0.05"))
-    made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
+    access = Access(offline)
+    made = check_routing(make_plan(load_partly(recipe, changes or (), collection_lister(access)), access))
     check_plot(plot)
     told = Told(quiet)
     told.tell(*made.notices)

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.ablate import ablate
+from mediator_cli.cli.add_expert import add_expert
 from mediator_cli.cli.analyze_conflicts import analyze_conflicts
 from mediator_cli.cli.chat import chat
+from mediator_cli.cli.compare import compare
 from mediator_cli.cli.compress_moe import compress_moe
 from mediator_cli.cli.evaluate import evaluate
 from mediator_cli.cli.extract_lora import extract_lora
@@ -32,6 +34,7 @@ from mediator_cli.cli.kinship import kinship
 from mediator_cli.cli.merge import merge
 from mediator_cli.cli.methods import methods
 from mediator_cli.cli.plan import plan
+from mediator_cli.cli.remove_expert import remove_expert
 from mediator_cli.cli.route import route
 from mediator_cli.cli.schema import schema
 from mediator_cli.cli.train import train
@@ -82,11 +85,14 @@ for command in (
     inspect,
     verify,
     fit_router,
+    add_expert,
+    remove_expert,
     route,
     generate,
     chat,
     evaluate,
     ablate,
+    compare,
     methods,
     schema,
 ):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.generate import SeedOption, TemperatureOption, TokensOption, TopPOption
-from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, mixture_text, wanted_of
+from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, shown_mixture, wanted_of
 from mediator_cli.cli.output import console, say
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def chat(
     from mediator_cli.runtime.generate import Conversation, Sampling
 
     asked, how = wanted_of(folder, expert, mixture), combination(combine)
+    if pin and asked is None:
+        _check_pin(folder)
     model, tokenizer = opened(folder, how)
     if _by_hand():
         say(_HELP)
@@ -49,6 +51,15 @@ def chat(
             talk = _command(line, folder, talk)
         elif line:
             talk = _answered(model, tokenizer, talk, line, sampling, pin=pin)
+
+
+def _check_pin(folder: Path) -> None:
+    from mediator_cli.bundle.manifest import read_manifest
+    from mediator_cli.errors import BundleError, Problem
+
+    if read_manifest(folder).gates is not None:
+        message = "gates choose for every token, so there is no mixture to keep"
+        raise BundleError(Problem("--pin", message, "leave it out, or name who answers: --expert, --mixture"))
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,9 @@ def _turn(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     turn = reply(model, tokenizer, conversation, text, sampling, mixture=asked, streamer=streamer)
     weights = turn.conversation.weights
-    if weights is not None:
-        console(stderr=True).print(f"[dim]{mixture_text(weights[0].tolist(), model.expert_names)}[/]")
+    chosen = weights[0].tolist() if weights is not None else turn.routing.weights[0].tolist() if turn.routing else []
+    if chosen:
+        per = model.gating.gates.rule.per if weights is None and model.gating is not None else None
+        shown = shown_mixture(chosen, model.expert_names, per)
+        console(stderr=True).print(f"[dim]{shown}[/]")
     return turn.conversation

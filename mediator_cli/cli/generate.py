@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, mixture_text, wanted_of
+from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, shown_mixture, wanted_of
 from mediator_cli.cli.options import JsonOption, QuietOption
 from mediator_cli.cli.output import console, print_json, say
 
@@ -39,7 +39,7 @@ def generate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Answer prompts with the experts that the router chooses for each of them."""
+    """Answer prompts with the experts that router or gates choose for each of them."""
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Sampling
 
@@ -78,13 +78,15 @@ def _answers(
     decided = routing.weights if routing is not None else asked or "dense"
     weights = as_weights(decided, model.expert_names, "--mixture")
     rows = weights.expand(len(prompts), -1).tolist()
+    # What gates choose differs from token to token: what is shown is the mean, and nothing is decided before.
+    per = model.gating.gates.rule.per if asked is None and model.gating is not None else None
     if streams:
         for row in rows:
-            console(stderr=True).print(f"[dim]{mixture_text(row, model.expert_names)}[/]")
+            console(stderr=True).print(f"[dim]{shown_mixture(row, model.expert_names, per)}[/]")
     streamer = (
         TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams and len(texts) == 1 else None
     )
-    said = answer(model, tokenizer, prompts, weights, sampling, streamer)
+    said = answer(model, tokenizer, prompts, None if per else weights, sampling, streamer)
     return [
         {
             "prompt": text,

@@ -16,7 +16,8 @@ def init(
         str, typer.Argument(metavar="BASE", help="The model that all were tuned from.", show_default=False)
     ],
     experts: Annotated[
-        list[str], typer.Argument(metavar="EXPERT...", help="Its fine-tunes or adapters.", show_default=False)
+        list[str],
+        typer.Argument(metavar="EXPERT...", help="Its fine-tunes or adapters, or folders of them.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the recipe goes.")] = Path("recipe.yaml"),
     prompts: Annotated[
@@ -30,10 +31,12 @@ def init(
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.draft.choose import Asked, check_target, draft
+    from mediator_cli.pipeline.draft.folders import each_expert
     from mediator_cli.pipeline.draft.text import recipe_text
 
     check_target(output, force=force)
-    asked = Asked(base, tuple(experts), output, tuple(prompts or ()))
+    sources, folders = zip(*each_expert(experts), strict=True)
+    asked = Asked(base, sources, output, tuple(prompts or ()), folders)
     choices, report = draft(asked, settings("2GiB", None), Access(offline))
     write_text(output, recipe_text(choices, report))
     if as_json:

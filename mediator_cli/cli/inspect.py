@@ -14,6 +14,7 @@ from mediator_cli.recipe.sizes import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mediator_cli.bundle.gates_record import GatesRecord
     from mediator_cli.bundle.manifest import Manifest
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.hub.repo import HubRepo
@@ -130,6 +131,15 @@ def _stored_as(manifest: Manifest) -> str:
     return f"{text}, {human_bytes(sum(file.bytes for file in manifest.shared.files))} shared by the experts{stored}"
 
 
+def _gated_by(gates: GatesRecord) -> str:
+    """Tell how gates inside the model choose."""
+    rule = gates.rule
+    kept = f"the best {rule.top_k}" if rule.top_k and rule.top_k < len(gates.experts) else "all"
+    where = "each matrix" if rule.at == "module" else "each layer"
+    size = human_bytes(gates.file.bytes)
+    return f"{gates.method}: {kept} of {len(gates.experts)} experts for each {rule.per}, at {where}, {size}"
+
+
 def _print_bundle(folder: Path, url: str | None) -> None:
     from mediator_cli.bundle.manifest import SCHEMA_VERSION, read_manifest
     from mediator_cli.cli.merge import print_bundle
@@ -142,6 +152,8 @@ def _print_bundle(folder: Path, url: str | None) -> None:
         say(f"method        {method.method}({parameters}) on {method.n_tensors} tensors")
     if manifest.extract is not None and manifest.schema_version != SCHEMA_VERSION:
         say(f"experts       {_stored_as(manifest)}")
+    if manifest.gates is not None:
+        say(f"gates         {_gated_by(manifest.gates)}")
     sources = [manifest.base, *manifest.experts]
     rows = [
         (
@@ -150,11 +162,13 @@ def _print_bundle(folder: Path, url: str | None) -> None:
             s.path,
             "" if s.weight is None else str(s.weight),
             s.license or "not declared",
-            s.files[0].digest[:12],
+            s.files[0].digest[:12] if s.files else "",
         )
         for s in sources
     ]
     print_table(("source", "kind", "from", "weight#", "licence", "digest"), rows)
+    for change in manifest.history:
+        say(f"changed       {change.source.name} {change.change}; router: {change.router}")
     changes = f", changed by {', '.join(manifest.recipe.changes)}" if manifest.recipe.changes else ""
     say(f"recipe        {manifest.recipe.name} {manifest.recipe.sha256[:12]}{changes}")
     say(f"digest        {manifest.digest}")

@@ -236,19 +236,22 @@ def print_bundle(place: str, manifest: Manifest) -> None:
         print_moe(place, manifest, manifest.moe)
         return
     scores = manifest.conflict.scores if manifest.conflict else {}
+    is_low_rank = manifest.extract is not None and manifest.extract.mode == "factors"
+    kept, say_kept = ("changed by", _changers) if is_low_rank else ("energy kept by each sparse expert", _energy)
     rows = [
-        (unit, decision, f"{scores[unit]:.3f}" if unit in scores else "", _energy(manifest, unit))
+        (unit, decision, f"{scores[unit]:.3f}" if unit in scores else "", say_kept(manifest, unit))
         for unit, decision in manifest.assignment.items()
     ]
     if manifest.sparse:
-        print_table(("unit", "assignment", "conflict#", "energy kept by each sparse expert"), rows)
+        print_table(("unit", "assignment", "conflict#", kept), rows)
     if manifest.router is not None:
         print_table(("router", "value"), router_rows(manifest.router))
     sizes, n_routed = manifest.sizes, list(manifest.assignment.values()).count("route")
     total = sizes.dense + sizes.sparse
     say(f"bundle        {place}")
     say(f"units         {len(manifest.assignment) - n_routed} averaged, {n_routed} routed")
-    say(f"size          {human_bytes(total)} = {human_bytes(sizes.dense)} dense + {human_bytes(sizes.sparse)} sparse")
+    how = "low-rank" if is_low_rank else "sparse"
+    say(f"size          {human_bytes(total)} = {human_bytes(sizes.dense)} dense + {human_bytes(sizes.sparse)} {how}")
     if not manifest.experts:
         return
     say(
@@ -260,6 +263,8 @@ def print_bundle(place: str, manifest: Manifest) -> None:
 def router_rows(router: RouterRecord) -> list[tuple[str, str]]:
     """Tell what a router reads, how it decides and how often it is right."""
     policy = router.policy
+    if router.features == "none":
+        return [("reads", "nothing: every prompt gets the same mixture"), *_blind_rows(router)]
     layers = f" after {router.layer} layers" if router.layer else ""
     asked = f" of the {'last turn' if router.reads == 'turn' else 'whole prompt'}" if router.asks else ""
     form = f" ({router.form})" if router.form else ""
@@ -275,6 +280,13 @@ def router_rows(router: RouterRecord) -> list[tuple[str, str]]:
     ]
 
 
+def _blind_rows(router: RouterRecord) -> list[tuple[str, str]]:
+    weights = router.policy.weights or dict.fromkeys(router.experts, 1 / len(router.experts))
+    rows = [("mixture", " + ".join(f"{name} {weight:.3g}" for name, weight in weights.items() if weight))]
+    combine = router.policy.combine
+    return rows if combine == "parameters" else [*rows, ("combined", f"{combine} of experts that run apart")]
+
+
 def _report_rows(report: RouterReport | None) -> list[tuple[str, str]]:
     if report is None:
         return [("right on", "not measured, for want of prompts")]
@@ -283,6 +295,12 @@ def _report_rows(report: RouterReport | None) -> list[tuple[str, str]]:
         ("right on", f"{report.accuracy:.1%} of {report.n_held_out} held-out prompts"),
         ("calibration", f"error {report.calibration_error:.3f}, log loss {report.log_loss:.3f}"),
     ]
+
+
+def _changers(manifest: Manifest, unit: str) -> str:
+    """Count the adapters that change a unit: each of them keeps all of its change."""
+    count = sum(unit in record.units for record in manifest.sparse)
+    return f"{count} of {len(manifest.experts)} experts" if count else ""
 
 
 def _energy(manifest: Manifest, unit: str) -> str:

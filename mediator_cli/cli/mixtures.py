@@ -79,8 +79,8 @@ def _is_number(text: str) -> bool:
 def wanted_of(folder: Path, expert: str | None, mixture: str | None) -> Wanted | None:
     """Read what is asked of a bundle, None = route, before anything is loaded.
 
-    Raises BundleError for bad form, unknown experts, and when nothing is asked of a bundle without a router. All that a
-    bundle without sparse experts can answer with is its dense expert.
+    Raises BundleError for bad form, unknown experts, and when nothing is asked of a bundle without router and gates. All
+    that a bundle without sparse experts can answer with is its dense expert.
     """
     from mediator_cli.bundle.manifest import read_manifest
     from mediator_cli.errors import BundleError, Problem, did_you_mean
@@ -97,7 +97,7 @@ def wanted_of(folder: Path, expert: str | None, mixture: str | None) -> Wanted |
             raise BundleError(Problem(place, f"no expert '{name}'", hint))
     if asked is None and not names:
         return "dense"
-    if asked is None and manifest.router is None:
+    if asked is None and manifest.router is None and manifest.gates is None:
         hint = f"fit one with `mediator fit-router {folder}`, or name who answers: --expert {names[0]}"
         raise BundleError(Problem(str(folder), "the bundle has no router", hint))
     return asked
@@ -111,3 +111,13 @@ def mixture_text(weights: Sequence[float], experts: Sequence[str]) -> str:
     """
     parts = [f"{name} {weight:.2f}" for name, weight in zip(experts, weights, strict=True) if weight]
     return " + ".join(parts) or "dense expert alone"
+
+
+def shown_mixture(weights: Sequence[float], experts: Sequence[str], gates_choose_per: str | None) -> str:
+    """Write the mixture of an answer for people; where gates choose, what they choose on average over the prompt.
+
+    >>> shown_mixture([0.5, 0.5], ["maths", "tales"], "token")
+    'gates choose for every token; over the prompt on average maths 0.50 + tales 0.50'
+    """
+    text = mixture_text(weights, experts)
+    return f"gates choose for every {gates_choose_per}; over the prompt on average {text}" if gates_choose_per else text

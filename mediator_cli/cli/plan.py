@@ -40,6 +40,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a merge would do: layers, time, bytes, memory, parameters, and which source wins where they differ."""
+    from mediator_cli.checkpoint.hub.collections import collection_lister
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.run import settings
     from mediator_cli.pipeline.estimate import describe_plan
@@ -53,7 +54,8 @@ def plan(
     if is_heterogeneous_recipe(recipe, changes or ()):
         show_plan(recipe, changes or (), output, offline=offline, as_json=as_json)
         return
-    made = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
+    access = Access(offline)
+    made = check_routing(make_plan(load_partly(recipe, changes or (), collection_lister(access)), access))
     run = settings(memory, workers)
     moe = describe_moe(made) if made.moe else None
     made = widest_moe(made) if made.moe else made

@@ -19,7 +19,7 @@ _SHOWN = 72
 
 
 def route(
-    folder: Annotated[Path, typer.Argument(help="A bundle with a router.", metavar="DIR", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A bundle with a router or gates.", metavar="DIR", show_default=False)],
     texts: Annotated[
         list[str] | None, typer.Argument(help="Prompts, each in quotes.", metavar="TEXT…", show_default=False)
     ] = None,
@@ -48,8 +48,15 @@ def route(
         _print(facts)
 
 
-def _facts(prompt: str, row: int, record: RouterRecord, routing: Routing) -> dict[str, Any]:
-    """Gather what the router made of one prompt."""
+def _facts(prompt: str, row: int, record: RouterRecord | None, routing: Routing) -> dict[str, Any]:
+    """Gather what the router made of one prompt; of gates, what they chose on average over tokens and layers."""
+    if record is None:
+        return {
+            "prompt": prompt,
+            "gates": _by_expert(routing, routing.weights[row].tolist()),
+            "shares": _by_expert(routing, routing.probabilities[row].tolist()),
+            "uncertainty": float(routing.entropy[row]),
+        }
     return {
         "prompt": prompt,
         "probabilities": _by_expert(routing, routing.probabilities[row].tolist()),
@@ -58,6 +65,7 @@ def _facts(prompt: str, row: int, record: RouterRecord, routing: Routing) -> dic
         "outside_above": record.outside_above,
         "is_outside": bool(routing.is_outside[row]),
         "mixture": _by_expert(routing, routing.weights[row].tolist()),
+        **({"is_blind": True} if record.features == "none" else {}),
         **_answers(row, record, routing),
     }
 
@@ -79,6 +87,13 @@ def _print(facts: dict[str, Any]) -> None:
 
     text = " ".join(facts["prompt"].split())
     say(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
+    if "gates" in facts:
+        _print_gates(facts)
+        return
+    if "is_blind" in facts:
+        say(f"mixture       {mixture_text(list(facts['mixture'].values()), list(facts['mixture']))}, for every prompt")
+        say()
+        return
     asked = next((name for name in ("perplexity", "gradient") if name in facts), "")
     rows = [(name, f"{p:.3f}", "█" * round(p * _BAR)) for name, p in facts["probabilities"].items()]
     if asked and facts[asked]:
@@ -91,6 +106,14 @@ def _print(facts: dict[str, Any]) -> None:
     say(f"uncertainty   {facts['uncertainty']:.3f}")
     say(f"unlike tasks  {_unlike(facts, is_silent=bool(asked) and not facts[asked])}")
     say(f"mixture       {mixture_text(list(facts['mixture'].values()), list(facts['mixture']))}")
+    say()
+
+
+def _print_gates(facts: dict[str, Any]) -> None:
+    rows = [(n, f"{w:.3f}", "█" * round(facts["shares"][n] * _BAR)) for n, w in facts["gates"].items()]
+    print_table(("expert", "weight#", ""), rows)
+    say(f"uncertainty   {facts['uncertainty']:.3f}")
+    say("gates choose inside the model; these are means over the prompt's tokens and all gates")
     say()
 
 

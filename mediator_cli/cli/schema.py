@@ -15,6 +15,7 @@ class SchemaKind(StrEnum):
 
     recipe = "recipe"
     heterogeneous = "heterogeneous"
+    compare = "compare"
     manifest = "manifest"
     conflicts = "conflicts"
 
@@ -22,7 +23,7 @@ class SchemaKind(StrEnum):
 def schema(
     kind: Annotated[SchemaKind, typer.Argument(help="Which format.", show_default=True)] = SchemaKind.recipe,
 ) -> None:
-    """Print the JSON schema of a recipe, one of kind heterogeneous_moe, a routing manifest or a conflict report."""
+    """Print the JSON schema of a recipe, one of kind heterogeneous_moe or compare, a manifest or a conflict report."""
     if kind is SchemaKind.recipe:
         from mediator_cli.plan.schema import recipe_schema
 
@@ -32,6 +33,11 @@ def schema(
         from mediator_cli.recipe.heterogeneous import heterogeneous_schema
 
         print_json(heterogeneous_schema())
+        return
+    if kind is SchemaKind.compare:
+        from mediator_cli.recipe.compare import compare_schema
+
+        print_json(compare_schema())
         return
     from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.bundle.manifest import Manifest

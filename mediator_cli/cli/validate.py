@@ -13,6 +13,7 @@ def validate(
     recipe: RecipeArgument, changes: SetOption = None, offline: OfflineOption = False, as_json: JsonOption = False
 ) -> None:
     """Check a recipe and its checkpoints: every problem at once, from headers and configs alone."""
+    from mediator_cli.checkpoint.hub.collections import collection_lister
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.errors import MediatorError
     from mediator_cli.pipeline.routable import check_routing
@@ -20,11 +21,12 @@ def validate(
     from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe
     from mediator_cli.recipe.load import load_partly
 
+    access = Access(offline)
     try:
         if is_heterogeneous_recipe(recipe, changes or ()):
             validate_heterogeneous(recipe, changes or (), offline=offline, as_json=as_json)
             return
-        plan = check_routing(make_plan(load_partly(recipe, changes or ()), Access(offline)))
+        plan = check_routing(make_plan(load_partly(recipe, changes or (), collection_lister(access)), access))
     except MediatorError as error:
         if not as_json:
             raise

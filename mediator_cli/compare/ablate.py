@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.conflict_report import ConflictReport
 from mediator_cli.bundle.manifest import read_record, to_json
+from mediator_cli.checkpoint.hub.collections import collection_lister
+from mediator_cli.checkpoint.hub.find import ONLINE
 from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.compare.key import conflict_key
 from mediator_cli.compare.store import save_text
@@ -51,7 +53,7 @@ def prepare(job: Comparison) -> tuple[Comparison, Plan]:
 
     Raises CheckpointError naming tasks without an expert and recipes that route nothing, before anything is merged.
     """
-    plan = make_plan(load_recipe(job.recipe, job.changes))
+    plan = make_plan(load_recipe(job.recipe, job.changes, collection_lister(ONLINE)))
     problems = list(_problems(job, plan))
     if problems:
         raise CheckpointError(problems)

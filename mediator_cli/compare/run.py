@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.checkpoint.header import read_json
+from mediator_cli.checkpoint.hub.collections import collection_lister
+from mediator_cli.checkpoint.hub.find import ONLINE
 from mediator_cli.compare.key import model_key
 from mediator_cli.compare.store import open_store, row_key, save
 from mediator_cli.errors import CheckpointError, MediatorError, Problem
@@ -92,7 +94,8 @@ def _plan_all(job: Comparison, groups: Sequence[Sequence[Variant]]) -> list[Made
     problems: list[Problem] = []
     for group in groups:
         try:
-            plan = make_plan(load_recipe(job.recipe, (*job.changes, *group[0].changes)))
+            changes = (*job.changes, *group[0].changes)
+            plan = make_plan(load_recipe(job.recipe, changes, collection_lister(ONLINE)))
         except MediatorError as error:
             problems += error.problems
             continue

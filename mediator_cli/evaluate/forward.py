@@ -93,17 +93,26 @@ def _chooses_by_sequence(model: PreTrainedModel) -> bool:
 
 
 def score_alike(job: Job, indices: Sequence[int]) -> Iterator[tuple[int, Scored]]:
-    """Score the queries at `indices` with the model as it is, in any order; what all begin with is computed once."""
+    """Score the queries at `indices` with the model as it is, in any order."""
+    for batch, logits in passes(job, indices):
+        yield from _read(job, batch, logits)
+
+
+def passes(job: Job, indices: Sequence[int]) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Run the model as it is over the queries at `indices`: each batch with its logits [rows, n_kept, vocabulary].
+
+    What all queries begin with is computed once. The same queries always make the same batches.
+    """
     if not job.is_tree:
-        yield from _score_bins(job, single_bins(job.queries, indices), Opening())
+        yield from _run_bins(job, single_bins(job.queries, indices), Opening())
         return
     n_opening = common_opening([job.queries[index] for index in indices])
     bins = pack_bins(job.queries, indices, n_opening, job.limits.n_bin)
     if len(bins) == 1 or n_opening < _LEAST_OPENING:
-        yield from _score_bins(job, pack_bins(job.queries, indices, 0, job.limits.n_bin), Opening())
+        yield from _run_bins(job, pack_bins(job.queries, indices, 0, job.limits.n_bin), Opening())
         return
     opening = _read_opening(job.model, job.queries[indices[0]].prompt[:n_opening])
-    yield from _score_bins(job, bins, opening)
+    yield from _run_bins(job, bins, opening)
 
 
 def score_mixed(
@@ -118,18 +127,18 @@ def score_mixed(
         weights += [mixture] * len(own)
     for chosen in group_bins(bins, job.limits.n_pass):
         with model.mixing(torch.from_numpy(np.stack([weights[i] for i in chosen]))):
-            found = list(_score_batch(job, [bins[i] for i in chosen], Opening()))
+            found = list(_read(job, *_run(job, [bins[i] for i in chosen], Opening())))
         yield from found
 
 
-def _score_bins(job: Job, bins: Sequence[Bin], opening: Opening) -> Iterator[tuple[int, Scored]]:
+def _run_bins(job: Job, bins: Sequence[Bin], opening: Opening) -> Iterator[tuple[Batch, torch.Tensor]]:
     for chosen in group_bins(bins, job.limits.n_pass):
-        yield from _score_batch(job, [bins[i] for i in chosen], opening)
+        yield _run(job, [bins[i] for i in chosen], opening)
 
 
-def _score_batch(job: Job, bins: Sequence[Bin], opening: Opening) -> Iterator[tuple[int, Scored]]:
+def _run(job: Job, bins: Sequence[Bin], opening: Opening) -> tuple[Batch, torch.Tensor]:
     batch = lay_out(bins, opening.size, job.model.config.pad_token_id or 0)
-    yield from _read(job, batch, _logits(job, batch, opening))
+    return batch, _logits(job, batch, opening)
 
 
 @torch.no_grad()
@@ -190,7 +199,19 @@ def _tree_mask(batch: Batch, model: PreTrainedModel) -> torch.Tensor:
 
 def _read(job: Job, batch: Batch, logits: torch.Tensor) -> Iterator[tuple[int, Scored]]:
     """Read the scores of all queries of a batch off its logits."""
-    flat = logits.flatten(0, 1)
+    owners, places, targets = find_targets(job, batch)
+    log_probs, is_best = _token_scores(logits.flatten(0, 1), np.array(places), torch.tensor(targets), job.ends)
+    total = dict.fromkeys(batch.reads, 0.0)
+    greedy = dict.fromkeys(batch.reads, True)
+    for owner, log_prob, best in zip(owners, log_probs.tolist(), is_best.tolist(), strict=True):
+        total[owner] += log_prob
+        greedy[owner] &= best
+    for index in batch.reads:
+        yield index, Scored(greedy[index], total[index])
+
+
+def find_targets(job: Job, batch: Batch) -> tuple[list[int], list[int], list[int]]:
+    """List the tokens that a batch is asked for: the query of each, its place in flattened logits, and the token."""
     owners: list[int] = []
     places: list[int] = []
     targets: list[int] = []
@@ -200,14 +221,7 @@ def _read(job: Job, batch: Batch, logits: torch.Tensor) -> Iterator[tuple[int, S
         owners += [index] * len(wanted)
         places += [row * batch.n_kept + column for column in columns]
         targets += wanted
-    log_probs, is_best = _token_scores(flat, np.array(places), torch.tensor(targets), job.ends)
-    total = dict.fromkeys(batch.reads, 0.0)
-    greedy = dict.fromkeys(batch.reads, True)
-    for owner, log_prob, best in zip(owners, log_probs.tolist(), is_best.tolist(), strict=True):
-        total[owner] += log_prob
-        greedy[owner] &= best
-    for index in batch.reads:
-        yield index, Scored(greedy[index], total[index])
+    return owners, places, targets
 
 
 def _token_scores(

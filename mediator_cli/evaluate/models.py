@@ -138,7 +138,7 @@ def _dense_bytes(bundle: Path) -> int:
 
 def _part_problems(folder: str, part: str, manifest: Manifest, tasks: Sequence[str]) -> Iterator[Problem]:
     experts = [source.name for source in manifest.experts]
-    if part == ROUTED and manifest.sparse and manifest.router is None:
+    if part == ROUTED and manifest.sparse and manifest.router is None and manifest.gates is None:
         hint = f"`mediator fit-router {folder}`, or name a part: {folder}::{experts[0]}, ::{DENSE}, ::{ORACLE}"
         yield Problem(folder, "has no router", hint)
     if part == ORACLE:
@@ -160,7 +160,8 @@ def _beside_dense(manifest: Manifest, part: str) -> int:
     files = [file for record in used for file in record.files] + [file for record in shared for file in record.files]
     sparse = sum(file.bytes for file in files)
     router = manifest.router.file if manifest.router is not None and part == ROUTED else None
-    return sparse + (router.bytes if router is not None else 0)
+    gates = manifest.gates.file if manifest.gates is not None and part == ROUTED else None
+    return sparse + sum(file.bytes for file in (router, gates) if file is not None)
 
 
 def download_candidates(candidates: Sequence[Candidate], progress: Progress = silent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -60,21 +61,58 @@ def score_rows(
     reads, BundleError when a bundle has no router and no mixture is given.
     """
     settings = settings or ScoreSettings()
-    prompts = prompt_tokens(tokenizer, [row.prompt for row in rows], raw=settings.raw)
-    texts = [list(dict.fromkeys([row.answer, *(row.choices or ())])) for row in rows]
+    asked = ask_rows(model, tokenizer, rows, raw=settings.raw)
+    found: dict[int, Scored] = {}
+    missing = Counter(asked.owners)
+    job = make_job(model, asked.queries, asked.ends, settings.limits)
+    for index, scored in score_by_prompt(job, asked.owners, settings.mixture):
+        found[index] = scored
+        missing[asked.owners[index]] -= 1
+        if not missing[asked.owners[index]]:
+            advance(1)
+    return row_scores(asked, found)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows as queries: each row's answer first, then its other choices. `owners` say which row each query is of.
+
+    `ends` are the tokens of which any ends a turn.
+    """
+
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    queries: Sequence[Query]
+    owners: Sequence[int]
+    ends: Sequence[int]
+
+
+def ask_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, raw: bool = False
+) -> Asked:
+    """Turn rows into queries; raises CheckpointError naming rows that are longer than the model reads."""
+    prompts = prompt_tokens(tokenizer, [row.prompt for row in rows], raw=raw)
+    texts = [_texts(row) for row in rows]
     owners = [at for at, answers in enumerate(texts) for _ in answers]
     ends = end_tokens(model, tokenizer)
-    asked = answer_tokens(tokenizer, [prompts[at] for at in owners], [text for answers in texts for text in answers])
-    queries = [Query(prompts[at].ids, ids, bool(ends)) for at, ids in zip(owners, asked, strict=True)]
+    answers = answer_tokens(tokenizer, [prompts[at] for at in owners], [text for each in texts for text in each])
+    queries = [Query(prompts[at].ids, ids, bool(ends)) for at, ids in zip(owners, answers, strict=True)]
     _refuse_long(model, queries, owners)
-    found: list[dict[str, Scored]] = [{} for _ in rows]
-    first = np.searchsorted(owners, np.arange(len(rows)))
-    for index, scored in score_by_prompt(make_job(model, queries, ends, settings.limits), owners, settings.mixture):
-        at = owners[index]
-        found[at][texts[at][index - first[at]]] = scored
-        if len(found[at]) == len(texts[at]):
-            advance(1)
-    return [_row_score(*facts) for facts in zip(rows, found, prompts, strict=True)]
+    return Asked(rows, prompts, queries, owners, ends)
+
+
+def row_scores(asked: Asked, found: Mapping[int, Scored]) -> list[RowScore]:
+    """Turn the scores of queries, by their index, into those of rows."""
+    first = np.searchsorted(asked.owners, np.arange(len(asked.rows)))
+    scores = []
+    for row, prompt, start in zip(asked.rows, asked.prompts, first.tolist(), strict=True):
+        own = {text: found[start + at] for at, text in enumerate(_texts(row))}
+        scores.append(_row_score(row, own, prompt))
+    return scores
+
+
+def _texts(row: Row) -> list[str]:
+    return list(dict.fromkeys([row.answer, *(row.choices or ())]))
 
 
 def _row_score(row: Row, found: Mapping[str, Scored], prompt: Prompt) -> RowScore:

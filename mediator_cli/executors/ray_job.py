@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mediator_cli.checkpoint.hub.collections import collection_lister
 from mediator_cli.checkpoint.hub.find import Access
 from mediator_cli.engine.pool import keep_freed_memory
 from mediator_cli.engine.publish import can_resume
@@ -90,7 +91,9 @@ def work(job: Job, place: Place, threads: int) -> tuple[Problem, ...]:
     """Carry out one process's part of a job; return what a user can mend, which is none if it went well."""
     try:
         keep_freed_memory()
-        plan = plan_with_unseen(parse_partly(job.recipe, job.text, job.changes), Access(job.offline), silent)
+        access = Access(job.offline)
+        loaded = parse_partly(job.recipe, job.text, job.changes, collection_lister(access))
+        plan = plan_with_unseen(loaded, access, silent)
         resume = job.resume or (job.again and can_resume(job.output))
         run = Settings(overwrite=job.overwrite, resume=resume, memory=job.memory, workers=threads)
         merge(plan, job.output, job.conflicts, share_merge(plan, run, place, job.patience))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.sparse import (
     ALIGNMENT,
+    aligned,
     gated_bytes,
     index_codec,
     most_bytes,
@@ -14,6 +15,7 @@ from mediator_cli.bundle.sparse import (
     shared_bytes,
 )
 from mediator_cli.bundle.sparse_file import HEADER_BYTES, entry_bytes
+from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.header import DTYPE_BYTES
 from mediator_cli.engine.extract.item import may_override
 from mediator_cli.stages.assign import SparseSizes, assign_units
@@ -22,6 +24,7 @@ from mediator_cli.stages.extract import kept_count, most_random
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mediator_cli.checkpoint.adapter.changes import Change
     from mediator_cli.plan.model import Plan, ResolvedExtract, TensorPlan
     from mediator_cli.stages.assign import Decision
 
@@ -41,9 +44,25 @@ def sparse_sizes(plan: Plan, *, overrides: bool = False) -> SparseSizes:
     units = dict.fromkeys(plan.units, 0)
     for tensor in plan.tensors:
         if tensor.can_be_routed:
-            units[tensor.unit] += _bytes_of(tensor, overrides) * len(plan.experts) + _shared_bytes_of(tensor)
+            units[tensor.unit] += _own_bytes(plan, tensor, overrides) + _shared_bytes_of(tensor)
     shares = any(tensor.extract.n_shared for tensor in plan.tensors if tensor.can_be_routed)
     return SparseSizes(units, (HEADER_BYTES + ALIGNMENT) * (len(plan.experts) + shares))
+
+
+def _own_bytes(plan: Plan, tensor: TensorPlan, overrides: bool) -> int:
+    """Bound what all experts keep of a tensor for themselves."""
+    if tensor.extract.mode != "factors":
+        return _bytes_of(tensor, overrides) * len(plan.experts)
+    changes = (e.source.changes.get(tensor.name) for e in plan.experts if isinstance(e.source, Adapter))
+    return sum(_factor_bytes(change) + entry_bytes(tensor.name) for change in changes if change is not None)
+
+
+def _factor_bytes(change: Change) -> int:
+    """Bound the two matrices of a change: those of several products are joined, and then in float32."""
+    rank = sum(product.left.shape[1] for product in change.products)
+    dtypes = {window.info.dtype for product in change.products for window in (product.left, product.right)}
+    width = DTYPE_BYTES["BF16" if dtypes == {"BF16"} and len(change.products) == 1 else "F32"]
+    return sum(aligned(side * rank * width) for side in change.shape)
 
 
 def _shared_bytes_of(tensor: TensorPlan) -> int:

@@ -11,6 +11,7 @@ from mediator_cli.checkpoint.header import FLOAT_DTYPES
 from mediator_cli.engine.matrices import view_of
 from mediator_cli.engine.statistics import group_by_method
 from mediator_cli.pipeline.conflicts import conflict_passes, denoise_name
+from mediator_cli.plan.factors import keeps_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -82,8 +83,14 @@ def _routable(plan: Plan) -> int:
 
 
 def measures_conflict(plan: Plan) -> bool:
-    """Whether a merge of a plan measures conflict, unless a report is given."""
-    return plan.loaded.recipe.assign.rule != "none" and len(plan.experts) > 1
+    """Whether a merge of a plan measures conflict, unless a report is given.
+
+    Of adapters that are kept as they are only for a rule that asks for scores: their deltas are made for nothing else.
+    """
+    rule = plan.loaded.recipe.assign.rule
+    if keeps_factors(plan.loaded) and rule in ("all", "listed"):
+        return False
+    return rule != "none" and len(plan.experts) > 1
 
 
 def _survey(plan: Plan) -> Iterator[Task]:
@@ -175,10 +182,10 @@ def _matrices(stage: Stage, group: Group, n: int, times: int) -> Iterator[Task]:
 
 
 def _extract(plan: Plan, routed: float) -> Iterator[Task]:
-    """Extract sparse experts, the routed amount shared among tensors by their size."""
+    """Extract sparse experts, the routed amount shared among tensors by their size; copied factors take no time."""
     members = [tensor for tensor in plan.tensors if tensor.can_be_routed and tensor.size]
     share, n = routed / max(1, _size(members)), len(plan.experts)
-    for extract in dict.fromkeys(tensor.extract for tensor in members):
+    for extract in dict.fromkeys(tensor.extract for tensor in members if tensor.extract.mode != "factors"):
         some = [tensor for tensor in members if tensor.extract == extract]
         amount = share * n * _size(some)
         yield Task("merge", Step("extract", _words(extract), 1, extract), amount, share * n * len(some))
@@ -192,6 +199,8 @@ def extract_passes(plan: Plan) -> float:
 
 
 def _passes_of(extract: ResolvedExtract) -> int:
+    if extract.mode == "factors":
+        return 0
     if extract.mode != "sparse":
         return 1 + (extract.mode in ("emr", "basis"))
     ranks = extract.density != 1 and extract.select != "random"

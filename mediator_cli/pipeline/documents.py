@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import MANIFEST, read_manifest
+from mediator_cli.checkpoint.hub.collections import collection_lister
 from mediator_cli.checkpoint.remote.url import is_url
 from mediator_cli.errors import MediatorError, OutputError, Problem, RecipeError
 from mediator_cli.pipeline.download import plan_with_unseen
@@ -33,7 +34,7 @@ def load_last(
     """
     steps = read_steps(path)
     if len(steps) == 1:
-        return load_partly(path, changes)
+        return load_partly(path, changes, collection_lister(access))
     if not alone:
         message = "a file with several merges is carried out by one process"
         raise OutputError(Problem("--executor", message, "leave it out, or write one recipe a file"))

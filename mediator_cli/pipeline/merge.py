@@ -10,6 +10,7 @@ from mediator_cli.bundle.digest import digest_tensors, file_digest, sparse_diges
 from mediator_cli.bundle.manifest import CONFLICTS, MANIFEST, ROUTER, to_json
 from mediator_cli.bundle.record import FileRecord, WeightFile
 from mediator_cli.bundle.sparse_file import SHARED, open_sparse_file
+from mediator_cli.checkpoint.adapter.open import Adapter
 from mediator_cli.checkpoint.digest import Digests, digest_file
 from mediator_cli.checkpoint.write import index_json, plan_shards
 from mediator_cli.engine.batches import cut_shards
@@ -183,6 +184,7 @@ def _work(
         elements=total,
         advance=counter(run.progress, "merge", total * row_bytes(plan), row_bytes(plan)),
         team=run.team,
+        adapters={expert.name: expert.source for expert in plan.experts if isinstance(expert.source, Adapter)},
     )
 
 
@@ -196,7 +198,7 @@ def batch_elements(plan: Plan, averaged: Sequence[TensorPlan], n_routed: int) ->
     extract = resolve_extract(plan.loaded.recipe.extract)
     passes = 2 + (extract.select == "magnitude" and extract.density != 1.0)
     if extract.mode != "sparse":
-        passes = 1 + (extract.mode == "emr")
+        passes = 0 if extract.mode == "factors" else 1 + (extract.mode == "emr")
     share = 2 * len(plan.experts) / (len(plan.experts) + 1)
     return ranked + sum(tensor.size for tensor in plan.tensors) + round(passes * share * n_routed)
 

@@ -12,6 +12,7 @@ from mediator_cli.bundle.card import router_card, with_block
 from mediator_cli.bundle.manifest import (
     GATED_SCHEMA_VERSION,
     LATEST_SCHEMA_VERSION,
+    LIBRARY_SCHEMA_VERSION,
     SCHEMA_VERSION,
     ConflictRecord,
     ExtractRecord,
@@ -35,7 +36,7 @@ from mediator_cli.pipeline.side_files import license_of
 from mediator_cli.plan.overrides import resolve_extract
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mediator_cli.bundle.conflict_report import ConflictReport
     from mediator_cli.bundle.moe import MoeRecord
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
     from mediator_cli.engine.extract.encode import Kept
     from mediator_cli.pipeline.moe import Made
     from mediator_cli.pipeline.write import Written
-    from mediator_cli.plan.model import ExpertSource, Plan
+    from mediator_cli.plan.model import ExpertSource, Plan, TensorPlan
     from mediator_cli.recipe.load import LoadedRecipe
     from mediator_cli.stages.assign import Decision
+
+_ADAPTERS = "The experts are LoRA adapters as they were trained; what is routed is the base's own in the dense expert."
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def make_manifest(
         conflict=_conflict(plan, outcome.report),
         assignment=dict(outcome.assignment),
         extract=_extract(plan) if sparse else None,
-        sparse=tuple(_sparse_record(plan, outcome, name, files) for name, files in sparse.items()),
+        sparse=tuple(
+            sparse_record(plan.tensors, outcome.written.kept[name], name, files) for name, files in sparse.items()
+        ),
         shared=SharedRecord(files=shared.files, tensors=dict(shared.tensors)) if shared.files else None,
         shards=tuple(dict.fromkeys(shards.values())),
         tensors={tensor.name: _tensor(tensor, shards[tensor.name], digests[tensor.name]) for tensor in written},
@@ -128,7 +133,9 @@ def make_manifest(
     )
 
 
-def _version_of(plan: Plan, outcome: Outcome) -> Literal[2, 3, 4]:
+def _version_of(plan: Plan, outcome: Outcome) -> Literal[2, 3, 4, 5]:
+    if outcome.written.kept and plan.loaded.recipe.extract.mode == "factors":
+        return LIBRARY_SCHEMA_VERSION
     if outcome.made is not None or is_late(outcome.router):
         return LATEST_SCHEMA_VERSION
     return GATED_SCHEMA_VERSION if _is_gated(plan, outcome) else SCHEMA_VERSION
@@ -153,8 +160,10 @@ def recipe_record(plan: Plan) -> RecipeRecord:
 
 
 def recipe_digest(loaded: LoadedRecipe) -> str:
-    """Digest a recipe's text with what the command line changed."""
-    return hashlib.sha256("\0".join([loaded.text, *loaded.changes]).encode()).hexdigest()
+    """Digest a recipe's text with what the command line changed, and with the experts that it did not name itself."""
+    is_listed = any(field[-1] == "from" for field in loaded.written.values())
+    named = [f"{expert.name}={expert.model}" for expert in loaded.recipe.experts] if is_listed else []
+    return hashlib.sha256("\0".join([loaded.text, *loaded.changes, *named]).encode()).hexdigest()
 
 
 def _text(name: str) -> str:
@@ -216,16 +225,21 @@ def _conflict(plan: Plan, report: ConflictReport | None) -> ConflictRecord | Non
 
 def _extract(plan: Plan) -> ExtractRecord:
     spec = plan.loaded.recipe.extract
-    return ExtractRecord(dense=spec.dense, **asdict(resolve_extract(spec)))
+    resolved = asdict(resolve_extract(spec))
+    if spec.mode == "factors":
+        resolved["values"] = "factors"
+    return ExtractRecord(dense=spec.dense, **resolved)
 
 
-def _sparse_record(plan: Plan, outcome: Outcome, name: str, files: SparseFiles) -> SparseRecord:
-    kept = outcome.written.kept[name]
+def sparse_record(
+    tensors: Sequence[TensorPlan], kept: Mapping[str, Kept], name: str, files: SparseFiles
+) -> SparseRecord:
+    """Describe a sparse expert by its files and by what it keeps of each unit of these tensors."""
     members: dict[str, list[str]] = {}
-    for tensor in plan.tensors:
+    for tensor in tensors:
         if tensor.name in kept:
             members.setdefault(tensor.unit, []).append(tensor.name)
-    sizes = {tensor.name: tensor.size for tensor in plan.tensors}
+    sizes = {tensor.name: tensor.size for tensor in tensors}
     units = {
         unit: _unit_record([kept[n] for n in names], sum(sizes[n] for n in names)) for unit, names in members.items()
     }
@@ -264,6 +278,7 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         *rows,
         "",
         _mixed(outcome.made.record) if outcome.made else _assigned(outcome),
+        *([_ADAPTERS] if outcome.written.kept and recipe.extract.mode == "factors" else []),
         "",
         f"`AutoModelForCausalLM.from_pretrained` on this folder gives the {'MoE' if plan.moe else 'dense expert'}.",
         "`routing_manifest.json` holds recipe, sources with digests, conflict scores and assignment; `mediator verify`",

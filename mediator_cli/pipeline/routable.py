@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mediator_cli.checkpoint.cache import read_note, write_note
 from mediator_cli.errors import BundleError, Problem, RecipeError
+from mediator_cli.plan.factors import check_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +52,8 @@ def check_routing(plan: Plan) -> Plan:
         raise RecipeError(Problem(place, message, _STATIC)) from None
     if found.missing:
         raise RecipeError(Problem(place, f"{_NEEDED}; the base lacks {found.missing[0]}, which it needs", _STATIC))
-    return _mark(plan, {tensor.name: found.kinds[tensor.name] for tensor in plan.tensors if tensor.name in found.kinds})
+    kinds = {tensor.name: found.kinds[tensor.name] for tensor in plan.tensors if tensor.name in found.kinds}
+    return check_changes(_mark(plan, kinds))
 
 
 def find_mixable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mixable:

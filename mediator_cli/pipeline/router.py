@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mediator_cli.bundle.card import CARD, router_card, with_block
 from mediator_cli.bundle.manifest import ROUTER, read_manifest, with_router
 from mediator_cli.bundle.record import FileRecord
@@ -21,8 +23,10 @@ from mediator_cli.runtime.ask import text_ids
 from mediator_cli.runtime.dense_features import folder_reader
 from mediator_cli.runtime.features import FeatureSpec, spec_of
 from mediator_cli.runtime.fit import FitSettings, choose_prompts, fit_router
+from mediator_cli.runtime.open import open_bundle
 from mediator_cli.runtime.prompts import load_tokenizer, prompt_reader
 from mediator_cli.runtime.router import read_router, write_router
+from mediator_cli.runtime.tokens import prompt_tokens
 from mediator_cli.runtime.unfitted import measured, unmeasured
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ def add_router(folder: Path, job: RouterJob) -> tuple[RouterRecord | None, tuple
     if job.settings.features.asks:
         bare = job.settings.classifier == "none"
         return unmeasured(job.settings, job.experts).record(None) if bare else None, ()
-    fitted = _fit(folder, job)
+    fitted = fit_job(folder, job)
     write_router(folder / ROUTER, fitted.arrays)
     return fitted.record(_file_record(folder / ROUTER)), fitted.notices
 
@@ -99,11 +103,12 @@ def ask_experts(folder: Path, job: RouterJob) -> None:
     """Fit or measure a router that asks the experts, on a bundle whose manifest is written; nothing for another job."""
     if job.settings.features.asks and job.prompts:
         old = read_manifest(folder)
-        fitted = _fit(folder, job)
-        _put_router(folder, old.model_copy(update={"notices": (*old.notices, *fitted.notices)}), fitted)
+        fitted = fit_job(folder, job)
+        put_router(folder, old.model_copy(update={"notices": (*old.notices, *fitted.notices)}), fitted)
 
 
-def _fit(folder: Path, job: RouterJob) -> FittedRouter:
+def fit_job(folder: Path, job: RouterJob) -> FittedRouter:
+    """Fit a router on a finished folder; raise BundleError where the prompts do not do."""
     if job.settings.classifier == "none" and not job.prompts:
         return unmeasured(job.settings, job.experts)
     tokenizer = load_tokenizer(folder)
@@ -129,23 +134,27 @@ def refit_router(folder: Path, files: Mapping[str, Path], spec: RouterSpec) -> t
     is_needless = spec.classifier == "none" and any(source.prompts is None for source in sources)
     paths = {} if is_needless else {source.name: find_prompts(folder, source) for source in sources}
     prompts = {name: read_prompts(path) for name, path in paths.items()}
-    fitted = _fit(folder, RouterJob(tuple(source.name for source in sources), prompts, fit_settings(spec)))
-    return _put_router(folder, old.model_copy(update={"experts": sources}), fitted), fitted.notices
+    fitted = fit_job(folder, RouterJob(tuple(source.name for source in sources), prompts, fit_settings(spec)))
+    return put_router(folder, old.model_copy(update={"experts": sources}), fitted), fitted.notices
 
 
-def _put_router(folder: Path, manifest: Manifest, fitted: FittedRouter) -> Manifest:
+def put_router(folder: Path, manifest: Manifest, fitted: FittedRouter) -> Manifest:
     """Put a router into a finished bundle, in the place of another if it has one."""
+    before = manifest.router.file.name if manifest.router and manifest.router.file else ROUTER
     if not fitted.arrays:
         record = fitted.record(None)
         new = replace_files(folder, with_router(manifest, record), _card(folder, record))
         # The manifest names it no more.
-        (folder / ROUTER).unlink(missing_ok=True)
+        (folder / before).unlink(missing_ok=True)
         return new
     with TemporaryDirectory(prefix="mediator-") as scratch:
         file = Path(scratch) / ROUTER
         write_router(file, fitted.arrays)
         record, data = fitted.record(_file_record(file)), file.read_bytes()
-    return replace_files(folder, with_router(manifest, record), {ROUTER: data, **_card(folder, record)})
+    new = replace_files(folder, with_router(manifest, record), {ROUTER: data, **_card(folder, record)})
+    if before != ROUTER:
+        (folder / before).unlink(missing_ok=True)
+    return new
 
 
 def _with_prompts(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> tuple[SourceRecord, ...]:
@@ -157,12 +166,13 @@ def _with_prompts(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -
         message = "no unit is routed, so there is nothing to choose between"
         raise BundleError(Problem(str(folder), message, "merge again with another assign.rule"))
     return tuple(
-        expert.model_copy(update={"prompts": _prompts_record(files[expert.name])}) if expert.name in files else expert
+        expert.model_copy(update={"prompts": prompts_record(files[expert.name])}) if expert.name in files else expert
         for expert in manifest.experts
     )
 
 
-def _prompts_record(file: Path) -> FileRecord:
+def prompts_record(file: Path) -> FileRecord:
+    """Note a file of prompts, by its path as it was given."""
     digest = digest_file(file)
     return FileRecord(name=str(file), bytes=file.stat().st_size, sha256=digest)
 
@@ -196,15 +206,22 @@ def _card(folder: Path, record: RouterRecord) -> dict[str, bytes]:
     return {CARD: with_block(text, "router", router_card(record)).encode()}
 
 
-def route_texts(folder: Path, texts: Sequence[str]) -> tuple[RouterRecord, Routing]:
+def route_texts(folder: Path, texts: Sequence[str]) -> tuple[RouterRecord | None, Routing]:
     """Route prompts by the router of a bundle, reading no more of the bundle than that needs.
 
-    Raises BundleError when the bundle has no router or a prompt is empty.
+    Gates choose inside the model, so that the whole of it is opened for them: what they choose on average, and no
+    record. Raises BundleError when the bundle has neither, or a prompt is empty.
     """
-    router = read_router(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    if manifest.gates is not None:
+        prompts = prompt_tokens(load_tokenizer(folder), texts)
+        return None, open_bundle(folder).route([prompt.ids for prompt in prompts])
+    router = read_router(folder, manifest)
     if router is None:
         hint = "fit one with `mediator fit-router`"
         raise BundleError(Problem(str(folder), "the bundle has no router", hint))
+    if router.record.features == "none":
+        return router.record, router.route(np.zeros((len(texts), 0)))
     tokenizer, spec = load_tokenizer(folder), spec_of(router.record)
     features, reader = folder_reader(folder, tokenizer, spec), prompt_reader(tokenizer)
     return router.record, router.route(features.read([text_ids(reader, spec, text) for text in texts]))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mediator_cli.bundle.sparse_writer import SparseFileWriter
+    from mediator_cli.checkpoint.adapter.open import Adapter
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.read import Handle
     from mediator_cli.engine.batches import Batch, Shard
@@ -49,6 +50,7 @@ class Work:
     """All that the batches share: what is merged how, what the survey found, and where results go.
 
     `routed` are the tensors of which experts keep deltas, `from_base` those whose dense values are the base's own.
+    `adapters` are the experts of which factors may be kept.
     `advance` is told of elements of each source that were read, of about `elements` in all.
     """
 
@@ -64,6 +66,7 @@ class Work:
     elements: int
     advance: Callable[[int], None]
     team: Team
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @cached_property
     def placed(self) -> dict[str, TensorInfo]:
@@ -83,7 +86,13 @@ class Work:
     def kept_of(self, shard: Shard, expert: str) -> list[TensorPlan]:
         """Choose the tensors of a shard of which an expert, or for SHARED all experts together, keep something."""
         routed = self.routed_of(shard.tensors)
-        return [tensor for tensor in routed if tensor.extract.n_shared and tensor.size] if expert == SHARED else routed
+        if expert == SHARED:
+            return [tensor for tensor in routed if tensor.extract.n_shared and tensor.size]
+        return [tensor for tensor in routed if self.is_kept(tensor, expert)]
+
+    def is_kept(self, tensor: TensorPlan, expert: str) -> bool:
+        """Whether an expert keeps anything of a routed tensor: all do, but adapters only of what they change."""
+        return tensor.extract.mode != "factors" or tensor.name in self.adapters[expert].changes
 
     def routed_of(self, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
         """Choose the tensors of which experts keep deltas."""
@@ -234,7 +243,8 @@ def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> 
 def sparse_files(work: Work, expert: str) -> dict[int, str]:
     """Name the files of a sparse expert by the number of the shard; shards of which nothing is routed have none.
 
-    For SHARED those of what experts share, by the shards of which anything is shared.
+    For SHARED those of what experts share, by the shards of which anything is shared; for an adapter whose factors are
+    kept, by the shards of which it changes anything.
     """
     numbers = [shard.number for shard in work.shards if work.kept_of(shard, expert)]
     return {number: sparse_file_name(expert, at, len(numbers)) for at, number in enumerate(numbers, 1)}
@@ -249,17 +259,19 @@ def _open_writers(
     (work.folder / EXPERTS_FOLDER).mkdir(exist_ok=True)
     writers: dict[str, SparseFileWriter] = {}
     for expert in (*work.streams.names, SHARED):
-        kept = [tensor for tensor in work.kept_of(shard, expert) if tensor.size]
-        if expert == SHARED and not kept:
+        files = sparse_files(work, expert)
+        if shard.number not in files:
             continue
+        kept = [tensor for tensor in work.kept_of(shard, expert) if tensor.size]
         names, dtypes = [tensor.name for tensor in kept], {tensor.name: tensor.dtype for tensor in kept}
-        file = work.folder / sparse_files(work, expert)[shard.number]
+        file = work.folder / files[shard.number]
         if done:
             stored: dict[str, Any] = {}
             for batch in done:
                 stored |= work.journal.steps[step(batch)]["stored"].get(expert, {})
             specs = {name: SparseTensor.model_validate(facts["spec"]) for name, facts in stored.items()}
             n_index = {name: int(facts["n_index"]) for name, facts in stored.items()}
+            dtypes |= {name: str(facts["dtype"]) for name, facts in stored.items() if "dtype" in facts}
             writer = resume_sparse_file(file, expert, names, specs, dtypes, n_index)
         else:
             file.unlink(missing_ok=True)
@@ -270,7 +282,7 @@ def _open_writers(
 
 def _extraction(work: Work, descriptors: Mapping[Path, Handle]) -> Extraction:
     experts = dict(zip(work.streams.names, work.streams.experts, strict=True))
-    return Extraction(experts, Dense(descriptors, work.placed), work.budget.slab, work.streams.seed)
+    return Extraction(experts, Dense(descriptors, work.placed), work.budget.slab, work.streams.seed, work.adapters)
 
 
 def _common(work: Work) -> Common:
@@ -336,8 +348,8 @@ def _gathered(work: Work) -> Written:
             if expert == SHARED:
                 continue
             kept[expert] |= {name: Kept(**stored["kept"]) for name, stored in each.items()}
-    empty = [tensor.name for batch in batches for tensor in batch.tensors if not tensor.size]
-    dense |= dict.fromkeys(empty, fold(()))
-    for each in kept.values():
-        each |= {name: Kept(0, 0, 0.0, 0.0) for name in empty if name in work.routed}
-    return Written(dense, kept)
+    empty = [tensor for batch in batches for tensor in batch.tensors if not tensor.size]
+    dense |= dict.fromkeys((tensor.name for tensor in empty), fold(()))
+    for expert, own in kept.items():
+        own |= {t.name: Kept(0, 0, 0.0, 0.0) for t in work.routed_of(empty) if work.is_kept(t, expert)}
+    return Written(dense, {expert: own for expert, own in kept.items() if own})

@@ -17,6 +17,7 @@ from mediator_cli.errors import CheckpointError, Problem, RecipeError, did_you_m
 from mediator_cli.plan.adapters import base_notices, merges_adapters, plan_adapters
 from mediator_cli.plan.align import plan_align, with_align
 from mediator_cli.plan.differences import find_differences
+from mediator_cli.plan.factors import check_factors
 from mediator_cli.plan.keep import check_kept, find_kept
 from mediator_cli.plan.model import Plan, TensorPlan
 from mediator_cli.plan.moe.check import check_format, check_moe
@@ -79,6 +80,8 @@ def make_plan(loaded: LoadedRecipe, access: Access = ONLINE) -> Plan:
         problems += check_router_base(loaded, base, tokenizer_folder(loaded, base, experts))
         vocabulary = VocabularyPlan() if faults else plan_vocabulary(loaded, base, experts, kept.names)
         problems += vocabulary.problems
+        resized = {*vocabulary.rows, *(name for layout in vocabulary.layouts.values() for name in layout)}
+        problems += check_factors(loaded, experts, resized)
         template, faults = chosen_template(loaded, _folders(base, experts).values())
         problems += faults
         align, faults = plan_align(loaded, base, experts, kept.names)

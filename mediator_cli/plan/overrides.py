@@ -187,12 +187,21 @@ def _choose(loaded: LoadedRecipe, indices: tuple[int, ...], weights: _Weights) -
             alone = {"over": "tensor"} if {"density", "select"} & set(changed) else {}
             extract = _in_mode(extract, changed.get("mode")).model_copy(update=changed | alone)
             field = ("overrides", index, "extract")
+            problems += _check_one_mode(loaded, changed.get("mode"), field)
             for fault in mode_faults(extract.mode, extract.dense, changed, extract.written_values):
                 problems.append(Problem(loaded.place(*field), fault, "see `mode` under extract in the recipe's schema"))
             problems += _check_directions(loaded, extract, field)
     if problems:
         return problems
     return _Chosen(indices, method, resolve_extract(extract), weights)
+
+
+def _check_one_mode(loaded: LoadedRecipe, mode: str | None, field: FieldPath) -> Iterator[Problem]:
+    """Refuse adapters kept as they are beside experts stored in another way: no bundle holds both."""
+    own = loaded.recipe.extract.mode
+    if mode not in (None, own) and "factors" in (mode, own):
+        message = f"mode '{mode}' beside mode '{own}': factors are kept of all tensors or of none"
+        yield Problem(loaded.place(*field, "mode"), message, "set the mode under `extract` alone")
 
 
 def _in_mode(extract: ExtractSpec, mode: str | None) -> ExtractSpec:
@@ -286,7 +295,7 @@ def resolve_extract(extract: ExtractSpec) -> ResolvedExtract:
         return replace(whole, mask_lambda=MASK_LAMBDA if extract.mask_lambda is None else extract.mask_lambda)
     if extract.mode == "basis":
         return replace(whole, directions=1 if extract.directions is None else extract.directions)
-    return replace(whole, values="sign")
+    return replace(whole, values="fp32" if extract.mode == "factors" else "sign")
 
 
 def _rescale(extract: ExtractSpec) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.methods.method import Method
 from mediator_cli.methods.registry import methods
+from mediator_cli.recipe.collections import ExpertsFrom
 from mediator_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -27,8 +28,17 @@ def recipe_schema() -> dict[str, Any]:
     for name in ("OverrideSpec", "SliceOverride", "SliceSpec"):
         in_overrides = defs[name]["properties"]["average"]
         in_overrides["anyOf"] = [{"$ref": "#/$defs/AverageSpec"}, {"$ref": "#/$defs/average_change"}]
+    defs["ExpertsFrom"] = ExpertsFrom.model_json_schema()
+    schema["properties"]["experts"] = _listed(schema["properties"]["experts"])
     defs["DenoiseSpec"] = {"anyOf": [{"const": "none"}, defs["DenoiseSpec"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mediator recipe", **schema}
+
+
+def _listed(experts: dict[str, Any]) -> dict[str, Any]:
+    """Allow a folder or collection of experts beside single ones, and in the place of the list."""
+    source, about = {"$ref": "#/$defs/ExpertsFrom"}, {key: experts[key] for key in experts if key != "type"}
+    form = {"if": {"type": "object"}, "then": source, "else": {"type": "array"}}
+    return {**about, "items": {"anyOf": [experts["items"], source]}, **form}
 
 
 def _average(method: Method) -> dict[str, Any]:

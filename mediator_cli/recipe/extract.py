@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,8 @@ class ExtractSpec(Strict):
             description="sparse: a share of the entries of each delta. sign: one bit an entry and a scale (BitDelta). "
             "emr: one elected task vector, and for each expert a bit an entry and a scale (EMR-Merging). "
             "tall_mask: the sum of all deltas, and for each expert a bit an entry (TALL-masks). "
-            "basis: the mean delta and a few directions, and for each expert some numbers."
+            "basis: the mean delta and a few directions, and for each expert some numbers. "
+            "factors: LoRA adapters as the two small matrices that they are, exactly; implies `dense: base`."
         ),
     ] = "sparse"
     dense: Annotated[
@@ -56,6 +57,12 @@ class ExtractSpec(Strict):
     scale: ScaleOver | None = None
     mask_lambda: MaskLambda | None = None
     directions: Directions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _factors_are_on_the_base(cls, data: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the file holds
+        # What adapters are added to is the base, so a recipe need not say so.
+        return {"dense": "base", **data} if isinstance(data, dict) and data.get("mode") == "factors" else data
 
     @model_validator(mode="after")
     def _fields_fit_mode(self) -> ExtractSpec:

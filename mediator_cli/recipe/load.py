@@ -1,4 +1,4 @@
-"""YAML to Recipe: every problem at once, each with file:line and field. Reads no other file."""
+"""YAML to Recipe: every problem at once, each with file:line and field. Reads no other file; may list a folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mediator_cli.errors import Problem, RecipeError, did_you_mean
+from mediator_cli.recipe.collections import Expanded, expand_experts
 from mediator_cli.recipe.mergekit.translate import from_mergekit, is_mergekit
 from mediator_cli.recipe.prune import prune
 from mediator_cli.recipe.router import POLICY_FIELDS
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
+    from mediator_cli.recipe.collections import Listing
+
 HETEROGENEOUS = "heterogeneous_moe"
 """The kind of recipe with a schema of its own: experts of different architectures, and no base."""
+COMPARE = "compare"
+"""The kind of recipe that compares ways to use a library of experts; its schema is in `compare.py`."""
 _SHARED_FIELDS: Mapping[FieldPath, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {("assign",): RULE_FIELDS, ("router", "policy"): POLICY_FIELDS}
 )
@@ -50,8 +55,7 @@ class LoadedRecipe:
 
     def place(self, *field: str | int) -> str:
         """Say where a field stands: `recipe.yaml:12 assign.rule`."""
-        known = next((field[:n] for n in range(len(field), 0, -1) if field[:n] in self.written), ())
-        return place_of(self.path, self.lines, (*self.written.get(known, ()), *field[len(known) :]))
+        return place_of(self.path, self.lines, as_written(field, self.written))
 
     def resolve(self, source: str) -> Path:
         """Return the path that the recipe means: relative ones start at the recipe's folder."""
@@ -59,57 +63,79 @@ class LoadedRecipe:
 
     def ordered(self, problems: Sequence[Problem]) -> list[Problem]:
         """Sort problems by their line in the recipe; those of the command line and of no line come first."""
-
-        def line(problem: Problem) -> int:
-            found = re.match(r":(\d+)", problem.place.removeprefix(str(self.path)))
-            return int(found[1]) if found else 0
-
-        return sorted(problems, key=line)
+        return sorted_by_line(self.path, problems)
 
 
-def load_recipe(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
+def sorted_by_line(path: Path, problems: Sequence[Problem]) -> list[Problem]:
+    """Sort problems by their line in a recipe; those of the command line and of no line come first."""
+
+    def line(problem: Problem) -> int:
+        found = re.match(r":(\d+)", problem.place.removeprefix(str(path)))
+        return int(found[1]) if found else 0
+
+    return sorted(problems, key=line)
+
+
+def as_written(field: FieldPath, written: Mapping[FieldPath, FieldPath]) -> FieldPath:
+    """Say which field of the file a field was made of."""
+    known = next((field[:n] for n in range(len(field), 0, -1) if field[:n] in written), ())
+    return (*written.get(known, ()), *field[len(known) :])
+
+
+def load_recipe(path: Path, changes: Sequence[str] = (), list_collection: Listing | None = None) -> LoadedRecipe:
     """Read and check a recipe; `changes` are `field.path=value` texts that win over the file.
 
     A change of a `rule` or of a `method` drops the fields in the file that the new one does not share.
+    `list_collection` is asked for the models of collections on the Hub; without it, a recipe can name none.
 
     Raises RecipeError with all problems of form, ordered by line.
     """
-    loaded = load_partly(path, changes)
+    loaded = load_partly(path, changes, list_collection)
     if loaded.problems:
         raise RecipeError(loaded.problems)
     return loaded
 
 
-def load_partly(path: Path, changes: Sequence[str] = ()) -> LoadedRecipe:
+def load_partly(path: Path, changes: Sequence[str] = (), list_collection: Listing | None = None) -> LoadedRecipe:
     """Read a recipe and keep its problems of form where enough is left to check what it means.
 
     `make_plan` then reports form, meaning and headers together. Raises RecipeError where nothing else can be checked.
     """
-    return parse_partly(path, read_text(path), changes)
+    return parse_partly(path, read_text(path), changes, list_collection)
 
 
-def parse_partly(path: Path, text: str, changes: Sequence[str] = ()) -> LoadedRecipe:
+def parse_partly(
+    path: Path, text: str, changes: Sequence[str] = (), list_collection: Listing | None = None
+) -> LoadedRecipe:
     """Read a recipe's text as if it stood in the file `path`; like `load_partly`, but nothing needs to be on disk."""
     documents = compose_all(path, text)
     if len(documents) > 1:
         message = f"the file holds {len(documents)} merges"
         hint = "`mediator merge` carries them out one after the other; all else takes a file with one"
         raise RecipeError(Problem(documents[1].place(), message, hint))
-    return parse_document(documents[0], documents[0].data, changes)
+    return parse_document(documents[0], documents[0].data, changes, list_collection)
 
 
-def parse_document(document: Document, data: dict[str, Any], changes: Sequence[str] = ()) -> LoadedRecipe:
+def parse_document(
+    document: Document, data: dict[str, Any], changes: Sequence[str] = (), list_collection: Listing | None = None
+) -> LoadedRecipe:
     """Check a document's data, which may have been changed since it was read."""
     path, text, lines = document.path, document.text, dict(document.lines)
     notices: tuple[str, ...] = ()
     if data.get("kind") == HETEROGENEOUS:
         message = "is a recipe that only `mediator validate`, `plan` and `merge` take"
         raise RecipeError(Problem(document.place("kind"), message, "for a bundle write `kind: mediator`, and a base"))
+    if data.get("kind") == COMPARE:
+        message = "is a recipe that only `mediator compare` takes"
+        raise RecipeError(Problem(document.place("kind"), message, f"mediator compare {path}"))
     if is_mergekit(data):
         written = lines
         data, lines, notices = from_mergekit(data, written, lambda *field: place_of(path, written, field))
     lines = apply_changes(data, lines, changes)
-    return replace(_validate(path, text, data, lines, tuple(changes)), notices=notices)
+    given = expand_experts(data.get("experts"), path.parent, lambda *at: place_of(path, lines, at), list_collection)
+    if given.written or given.problems:
+        data = {**data, "experts": given.experts}
+    return replace(_validate(path, text, data, lines, tuple(changes), given), notices=notices)
 
 
 def apply_changes(data: dict[str, Any], lines: dict[FieldPath, int], changes: Sequence[str]) -> dict[FieldPath, int]:
@@ -171,21 +197,31 @@ def _step_check(target: Any, part: str | int, place: str) -> None:  # noqa: ANN4
 
 
 def _validate(
-    path: Path, text: str, data: dict[str, Any], lines: dict[FieldPath, int], changes: tuple[str, ...]
+    path: Path,
+    text: str,
+    data: dict[str, Any],
+    lines: dict[FieldPath, int],
+    changes: tuple[str, ...],
+    given: Expanded,
 ) -> LoadedRecipe:
     """Check the form; with faults, go on with what is left of the recipe, so that its meaning can be checked too."""
-    try:
-        return LoadedRecipe(Recipe.model_validate(data), path, text, MappingProxyType(lines), changes)
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
+    made, faults = _made(data)
     # An item that does not validate is left out, and then its list seems too short: say only what is wrong inside.
-    told = [item for item in faults if item["type"] != "too_short" or not item["input"]]
-    problems = form_problems(path, lines, told, Recipe)
+    told = [item for item in faults if item["type"] != "too_short" or not (item["input"] or given.problems)]
+    problems = [*given.problems, *form_problems(path, lines, told, Recipe, written=given.written)]
+    made = made or _made(prune(data, [tuple(item["loc"]) for item in told]))[0]
+    # Without the experts that a folder should have given, what the rest means is anyone's guess.
+    if made is None or given.problems:
+        raise RecipeError(sorted_by_line(path, problems))
+    return LoadedRecipe(made, path, text, MappingProxyType(lines), changes, tuple(problems), written=given.written)
+
+
+def _made(data: dict[str, Any] | None) -> tuple[Recipe | None, Sequence[Any]]:
+    """Make a recipe of its data, or give the faults."""
     try:
-        rest = Recipe.model_validate(prune(data, [tuple(item["loc"]) for item in told]))
-    except ValidationError:
-        raise RecipeError(problems) from None
-    return LoadedRecipe(rest, path, text, MappingProxyType(lines), changes, problems)
+        return Recipe.model_validate(data), ()
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
 
 
 def form_problems(
@@ -194,13 +230,15 @@ def form_problems(
     faults: Sequence[Any],
     schema: type[BaseModel],
     name: str = "recipe",
+    written: Mapping[FieldPath, FieldPath] = MappingProxyType({}),
 ) -> tuple[Problem, ...]:
     """Tell faults, as pydantic gives them for a schema, each with its place, ordered by line.
 
-    `name` is what `mediator schema` calls the schema.
+    `name` is what `mediator schema` calls the schema; `written` are fields that were made of others in the file. What
+    is wrong with several experts that one field names is told once.
     """
-    found = [_problem(path, lines, item, schema, name) for item in faults]
-    return tuple(problem for _, problem in sorted(found, key=lambda pair: pair[0]))
+    found = [_problem(path, lines, item, schema, name, written) for item in faults]
+    return tuple(dict.fromkeys(problem for _, problem in sorted(found, key=lambda pair: pair[0])))
 
 
 def _problem(
@@ -209,9 +247,11 @@ def _problem(
     item: Any,  # noqa: ANN401 - pydantic's dict
     schema: type[BaseModel],
     name: str,
+    written: Mapping[FieldPath, FieldPath],
 ) -> tuple[int, Problem]:
     field: FieldPath = tuple(item["loc"])
-    line, place = line_of(lines, field), place_of(path, lines, field)
+    shown = as_written(field, written)
+    line, place = line_of(lines, shown), place_of(path, lines, shown)
     if item["type"] == "extra_forbidden":
         hint = did_you_mean(str(field[-1]), _fields_of(field[:-1], schema))
         return line, Problem(place, f"unknown key '{field[-1]}'", hint)
@@ -221,8 +261,8 @@ def _problem(
         return line, Problem(place, f"{item['input']!r} is not allowed", _description_at(field, schema))
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
-    shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
-    return line, Problem(place, message[0].lower() + message[1:] + shown, f"see `mediator schema {name}`")
+    got = f" (got {given!r})" if isinstance(given, str | int | float) else ""
+    return line, Problem(place, message[0].lower() + message[1:] + got, f"see `mediator schema {name}`")
 
 
 def _description_at(field: FieldPath, schema: type[BaseModel]) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-ExtractMode = Literal["sparse", "sign", "emr", "tall_mask", "basis"]
+ExtractMode = Literal["sparse", "sign", "emr", "tall_mask", "basis", "factors"]
 
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "sparse": ("density", "over", "select", "rescale", "values"),
@@ -17,9 +17,10 @@ MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "emr": ("scale", "values"),
     "tall_mask": ("mask_lambda", "values"),
     "basis": ("directions", "values"),
+    "factors": (),
 }
 """The fields of `extract` that each mode takes beside `dense`."""
-ON_BASE = ("emr", "tall_mask")
+ON_BASE = ("emr", "tall_mask", "factors")
 """Modes that are defined on the base's own values."""
 
 

@@ -9,10 +9,13 @@ from pydantic import Field
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+LEGAL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+NAME_RULE = "letters, digits, - and _, at most 64"
+
 ExpertName = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        pattern=LEGAL_NAME,
         description="Unique name; letters, digits, - and _. It becomes a file name in the bundle.",
     ),
 ]

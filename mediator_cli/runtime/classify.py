@@ -19,6 +19,7 @@ _CONSTANT = 1e-12
 _LEAST_VARIANCE = 1e-6
 _RIDGE = 0.3
 """Penalty of ridge per row, in units of a standardised feature's variance."""
+_LEAST_SHARE = 1e-4
 _LOGISTIC = 1.0
 """Inverse penalty C of logistic."""
 
@@ -80,6 +81,22 @@ def fit_classifier(kind: Kind, features: NDArray[np.floating], labels: Ints, n_e
     return Classifier(as_stored(coefficients), as_stored(intercepts), mean, scale, unit=kind == "prototype")
 
 
+def fit_shares(features: NDArray[np.floating], shares: Floats) -> Classifier:
+    """Fit softmax regression to features [rows, features] and the shares of experts [rows, experts], rows of sum 1.
+
+    Its probabilities approach the mean shares of rows with such features, E[share | features]. Every expert needs a
+    share in some row. Deterministic.
+    """
+    x = features.astype(np.float64)
+    n_experts = shares.shape[1]
+    mean, scale = standardisation(x.mean(axis=0), x.var(axis=0))
+    rows, labels = np.nonzero(shares > _LEAST_SHARE)
+    counts_by_expert(labels, n_experts)
+    z = ((x - mean) / scale)[rows]
+    coefficients, intercepts = _fit_logistic(z, labels, n_experts, shares[rows, labels])
+    return Classifier(as_stored(coefficients), as_stored(intercepts), mean, scale)
+
+
 def counts_by_expert(labels: Ints, n_experts: int) -> NDArray[np.int64]:
     """Count the rows of each expert [experts]; raise ValueError when one has none or a label is unknown."""
     counts = np.bincount(labels, minlength=n_experts)
@@ -127,12 +144,12 @@ def shrunk_covariance(centred: Floats) -> Floats:
     return shrunk
 
 
-def _fit_logistic(z: Floats, labels: Ints, n_experts: int) -> tuple[Floats, Floats]:
+def _fit_logistic(z: Floats, labels: Ints, n_experts: int, weights: Floats | None = None) -> tuple[Floats, Floats]:
     from sklearn.linear_model import LogisticRegression
 
     if n_experts == 1:
         return np.zeros((1, z.shape[1])), np.zeros(1)
-    fitted = LogisticRegression(C=_LOGISTIC, max_iter=5000).fit(z, labels)
+    fitted = LogisticRegression(C=_LOGISTIC, max_iter=5000).fit(z, labels, sample_weight=weights)
     coefficients: Floats = fitted.coef_
     intercepts: Floats = fitted.intercept_
     if n_experts == 2:

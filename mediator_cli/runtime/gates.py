@@ -95,12 +95,16 @@ def _means(states: torch.Tensor, is_prompt: torch.Tensor | None) -> torch.Tensor
     return (states * share).sum(1) / share.sum(1).clamp(min=1)
 
 
+def as_read(states: torch.Tensor, rule: GateRule) -> torch.Tensor:
+    """Give states [..., in] as gates of a rule read them."""
+    if rule.reads == "unit":
+        return functional.normalize(states, dim=-1)
+    return functional.layer_norm(states, states.shape[-1:]) if rule.reads == "normalised" else states
+
+
 def scores_of(gate: Gate, rule: GateRule, states: torch.Tensor) -> torch.Tensor:
     """Score experts for states [tokens, in]; float32 [tokens, experts]."""
-    if rule.reads == "unit":
-        states = functional.normalize(states, dim=-1)
-    elif rule.reads == "normalised":
-        states = functional.layer_norm(states, states.shape[-1:])
+    states = as_read(states, rule)
     n_experts, k, _ = gate.directions.shape
     products = (states @ gate.directions.flatten(0, 1).t()).view(-1, n_experts, k)
     if rule.score == "length":

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.gates import make_gating
-from mediator_cli.runtime.policy import entropy
-from mediator_cli.runtime.router import Routing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +34,7 @@ def set_gates(model: RoutedModel, gates: Gates | None) -> None:
     modules = dict(model.named_modules())
     _check(model, gates, modules)
     paths = {id(module): path for path, module in modules.items()}
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}  # type: ignore[no-untyped-call]
     choices = [
         _choice(gating, mixer, paths[id(module)], is_end=id(module) in ends)
         for module, mixer in zip(model.opened.modules, model.opened.mixers, strict=True)
@@ -113,32 +110,6 @@ def states_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     return given
 
 
-@torch.no_grad()
-def watch_gates(model: RoutedModel, gating: Gating, prompts: Sequence[Sequence[int]]) -> Routing:
-    """Read prompts of token ids with the gates at work: what they choose on average, over tokens and gates.
-
-    Weights may be any numbers where the rule leaves them free; probabilities are their magnitudes as shares. Raises
-    BundleError for an empty prompt.
-    """
-    rows = []
-    gating.watch(watches=True)
-    try:
-        for at, prompt in enumerate(prompts, 1):
-            if not len(prompt):
-                raise BundleError(Problem(f"prompt {at}", "is empty", "give some text"))
-            model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False)
-            seen = [chooser.seen[0] for chooser in gating.choosers.values() if chooser.seen is not None]
-            rows.append(torch.stack(seen).mean(0).cpu())
-    finally:
-        gating.watch(watches=False)
-    weights = torch.stack(rows).numpy().astype(np.float64)
-    shares = np.abs(weights)
-    totals = shares.sum(axis=1, keepdims=True)
-    shares = np.where(totals > 0, shares / np.where(totals > 0, totals, 1), 1 / shares.shape[1])
-    none = np.zeros(len(rows))
-    return Routing(model.expert_names, shares, entropy(shares), none, none.astype(bool), weights.astype(np.float32))
-
-
 def gate_sizes(model: RoutedModel) -> dict[str, int]:
     """List the matrices that mix, which are those that gates are needed for, with the width of their input."""
     found: dict[str, int] = {}
@@ -159,11 +130,9 @@ def gate_places(model: RoutedModel, parts: Sequence[str] = ()) -> dict[str, int]
     found: dict[str, int] = {}
     for path, module in model.named_modules():
         above, _, last = path.rpartition(".")
+        is_part = any(word in last for word in parts) and above.rpartition(".")[2].isdigit()
         is_layer = last.isdigit() and isinstance(model.get_submodule(above), torch.nn.ModuleList)
-        if parts:
-            is_wanted = any(word in last for word in parts) and above.rpartition(".")[2].isdigit()
-        else:
-            is_wanted = is_layer
+        is_wanted = is_part if parts else is_layer
         if is_wanted and any(id(inner) in held for inner in module.modules()):
             found.setdefault(path, width)
     return {path: size for path, size in found.items() if not any(path.startswith(f"{other}.") for other in found)}

@@ -44,7 +44,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said so far, the mixture that answered last and how, and the keys and values of the tokens `seen`."""
+    """What was said so far, the mixture that answered last and how, and the keys and values of the tokens `seen`.
+
+    Where gates answered there is no one mixture, so `weights` is None.
+    """
 
     messages: tuple[Message, ...] = ()
     weights: torch.Tensor | None = None
@@ -66,11 +69,11 @@ def answer(
     model: RoutedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    mixture: Wanted,
+    mixture: Wanted | None,
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Answer prompts of token ids in one batch, each with its row of the mixture.
+    """Answer prompts of token ids in one batch, each with its row of the mixture; None = as router or gates choose.
 
     Raises BundleError when a prompt is empty or leaves no room for an answer.
     """
@@ -115,7 +118,8 @@ def reply(
     ids = chat_ids(tokenizer, messages)
     check_length(model, ids)
     weights, routing = _decide(model, ids, mixture)
-    same = conversation.weights is not None and torch.equal(conversation.weights, weights)
+    # Gates that choose for a sequence choose anew for a longer one: what was kept of the shorter would be wrong.
+    same = conversation.weights is not None and weights is not None and torch.equal(conversation.weights, weights)
     same = same and conversation.combine == model.combine
     cache = _usable(conversation, ids) if same else None
     torch.manual_seed(sampling.seed)
@@ -137,11 +141,12 @@ def reply(
     return Turn(said, kept, routing)
 
 
-def _decide(model: RoutedModel, ids: list[int], mixture: Wanted | None) -> tuple[torch.Tensor, Routing | None]:
+def _decide(model: RoutedModel, ids: list[int], mixture: Wanted | None) -> tuple[torch.Tensor | None, Routing | None]:
+    """Decide on the mixture of a turn; None where gates choose inside the model."""
     if mixture is not None:
         return as_weights(mixture, model.expert_names, str(model.opened.path)), None
     routing = model.route([ids])
-    return torch.from_numpy(routing.weights), routing
+    return None if model.gating is not None else torch.from_numpy(routing.weights), routing
 
 
 def _usable(conversation: Conversation, ids: list[int]) -> Cache | None:

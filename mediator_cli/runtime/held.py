@@ -6,7 +6,7 @@ A bundle's experts lie on disk. Comparing strategies needs many sets of experts 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,59 +15,25 @@ from mediator_cli.bundle.deltas import mix_deltas
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.forms import form_of
 from mediator_cli.runtime.gating import set_gates
-from mediator_cli.runtime.low_rank import stack_factors
+from mediator_cli.runtime.held_deltas import HeldDeltas
 from mediator_cli.runtime.mixing import MixtureCache
 from mediator_cli.runtime.model import Opened, make_routed
 from mediator_cli.runtime.modules import Matrix, Mixer, take_over
 from mediator_cli.runtime.parameters import match_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from mediator_cli.bundle.factors import FactorDelta
-    from mediator_cli.runtime.low_rank import LowRankStack
     from mediator_cli.runtime.model import RoutedModel
     from mediator_cli.runtime.parameters import Owner
     from mediator_cli.runtime.prompts import PromptReader
     from mediator_cli.runtime.router import Router
 
 _NO_SWITCH = 1 << 62
-
-
-@dataclass
-class HeldDeltas:
-    """What all experts add to one matrix [rows, columns], in their order; None where one leaves it as it is."""
-
-    name: str
-    shape: tuple[int, int]
-    transposed: bool
-    experts: Sequence[FactorDelta | None] = field(default=())
-
-    is_gated = False
-    is_low_rank = True
-
-    @property
-    def stack_bytes(self) -> int:
-        """Count the bytes of the stack."""
-        return sum(delta.a.nbytes + delta.b.nbytes for delta in self.experts if delta is not None)
-
-    @property
-    def changers(self) -> tuple[bool, ...]:
-        """Tell which experts change the tensor at all."""
-        return tuple(delta is not None for delta in self.experts)
-
-    def mix(self, dense: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-        """Build the mixed tensor."""
-        pairs = zip(self.experts, weights, strict=True)
-        return mix_deltas(dense, [(delta, weight) for delta, weight in pairs if delta is not None and weight])
-
-    def stack(self, device: torch.device) -> LowRankStack:
-        """Stack the experts, as [out, in]."""
-        stack = stack_factors(self.experts, self.shape, device)
-        return stack.turned() if self.transposed else stack
 
 
 def hold_experts(

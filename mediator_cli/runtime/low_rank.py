@@ -43,9 +43,12 @@ class LowRankStack:
         """Rank of each expert [experts]."""
         return torch.tensor(self.starts).diff().to(self.a.device)
 
-    def product(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Compute Σ weight · b · a · x: x [columns, tokens], weights [tokens, experts] → float32 [rows, tokens]."""
-        if torch.is_grad_enabled() and weights.requires_grad:
+    def product(self, x: torch.Tensor, weights: torch.Tensor, *, is_chosen: bool = False) -> torch.Tensor:
+        """Compute Σ weight · b · a · x: x [columns, tokens], weights [tokens, experts] → float32 [rows, tokens].
+
+        `is_chosen` tells that zeros are experts left out, whose weights nobody wants gradients of.
+        """
+        if torch.is_grad_enabled() and weights.requires_grad and not is_chosen:
             return self._together(x, weights)
         used = weights != 0
         asked = (used.sum(0) * self.ranks).sum()

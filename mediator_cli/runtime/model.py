@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from mediator_cli.errors import BundleError, Problem
 from mediator_cli.runtime.combine import Combine, expand, find_members, join_hidden, join_logits
-from mediator_cli.runtime.gates import Gating  # noqa: TC001 - transformers evaluates the annotations of its classes
-from mediator_cli.runtime.gating import watch_gates
+from mediator_cli.runtime.gates import Gating
 from mediator_cli.runtime.mixing import as_weights, divide, gated_division, spread
 from mediator_cli.runtime.routing import route_prompts
+from mediator_cli.runtime.watch import watch_gates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -167,6 +167,9 @@ class RoutedModel(PreTrainedModel):
         self.base_model.register_forward_pre_hook(self.before_pass, with_kwargs=True)
         self.base_model.register_forward_hook(self.after_pass)
         self.register_forward_hook(self.after_call, always_call=True)
+        head = self.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is not None:
+            head.register_forward_pre_hook(_laid_out)
 
     def before_call(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -288,6 +291,11 @@ def make_routed(model: PreTrainedModel, opened: Opened, combine: Combine) -> Rou
     model.opened, model.combine, model.state, model.gating = opened, combine, MixState(), None
     model.watch()
     return model
+
+
+def _laid_out(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay the last tokens of several rows out one after the other: torch multiplies a slice 60 times slower."""
+    return (args[0].contiguous(), *args[1:]) if args else args
 
 
 def _with_value(output: Any, name: str | int, value: torch.Tensor) -> Any:  # noqa: ANN401 - a tuple or a ModelOutput

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mediator_cli.runtime.deltas import Deltas
-    from mediator_cli.runtime.held import HeldDeltas
+    from mediator_cli.runtime.held_deltas import HeldDeltas
     from mediator_cli.runtime.mixing import Part
     from mediator_cli.runtime.stack import Slice
 
@@ -55,7 +55,9 @@ class Matrix:
         """
         found = self.slices.get((part.used[0], part.used[-1])) or self.stacked(tokens.device)
         if isinstance(found, LowRankStack):
-            return found.product(tokens, _per_token(part.weights, tokens.shape[1]) if weights is None else weights)
+            if weights is not None:
+                return found.product(tokens, weights, is_chosen=True)
+            return found.product(tokens, _per_token(part.weights, tokens.shape[1]))
         if isinstance(found, GatedStack):
             return gated_product(found, tokens, part)
         if isinstance(found, Stack):

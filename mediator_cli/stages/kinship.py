@@ -6,10 +6,10 @@ distance of their deltas. Experts of low kinship have learned different things; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
     from mediator_cli.kernels.arrays import Doubles, Flags, Floats
 
-Metric = Literal["pcc", "cosine", "euclidean"]
+Metric = Literal["pcc", "cosine", "euclidean", "overlap", "output"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+DISTANCES: tuple[Metric, ...] = ("euclidean", "output")
+"""Metrics in which less is nearer."""
 LEVELS = 127
 """The largest value of eight bits with a sign."""
 _NOTHING = 1e-12
 """Share of its energy below which a delta's variance is rounding alone."""
+_SAME = 1e-13
+"""Share of two deltas' energy below which their difference is rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,25 @@ class PairSums:
 
 @dataclass(frozen=True)
 class Kinship:
-    """Tables [n, n], float64: `pcc` and `cosine` in [-1, 1], NaN where a delta is zero (pcc: constant); `euclidean`."""
+    """Tables [n, n], float64: `pcc` and `cosine` in [-1, 1], NaN where a delta is zero (pcc: constant); `euclidean`.
+
+    `overlap` is of subspaces, in [0, 1]; `output` is a distance of answers. None where they were not measured.
+    """
 
     pcc: Doubles
     cosine: Doubles
     euclidean: Doubles
+    overlap: Doubles | None = None
+    output: Doubles | None = None
+
+    def table(self, metric: Metric) -> Doubles:
+        """Give the table of a metric; all NaN where it was not measured."""
+        found: Doubles | None = getattr(self, metric)
+        return np.full_like(self.pcc, np.nan) if found is None else found
 
     def by(self, metric: Metric) -> Doubles:
-        """Give a table in which more is closer kin: the distance is negative."""
-        return {"pcc": self.pcc, "cosine": self.cosine, "euclidean": -self.euclidean}[metric]
+        """Give a table in which more is closer kin: a distance is negative."""
+        return -self.table(metric) if metric in DISTANCES else self.table(metric)
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ def _kinship(sums: PairSums) -> Kinship:
     return Kinship(
         pcc=_normalised(covariance, is_flat),
         cosine=_normalised(sums.gram, energy <= 0),
-        euclidean=np.sqrt(np.maximum(squares, 0.0)),
+        euclidean=np.sqrt(np.where(squares > _SAME * (energy[:, None] + energy[None, :]), squares, 0.0)),
     )
 
 
@@ -125,7 +140,14 @@ def _normalised(table: Doubles, is_undefined: Flags) -> Doubles:
 
 def without_sign(kinship: Kinship) -> Kinship:
     """Give the cosine its authors' form, the root of its square, which loses the sign."""
-    return Kinship(kinship.pcc, np.abs(kinship.cosine), kinship.euclidean)
+    return replace(kinship, cosine=np.abs(kinship.cosine))
+
+
+def same_deltas(kinship: Kinship) -> list[tuple[int, ...]]:
+    """Group experts whose deltas are the same, but for rounding; those of nothing are no group."""
+    is_same = (kinship.euclidean == 0) & ~np.isnan(kinship.cosine)
+    groups = {tuple(int(at) for at in np.flatnonzero(row)) for row in is_same}
+    return sorted(group for group in groups if len(group) > 1)
 
 
 def cluster(kin: Doubles) -> list[Branch]:

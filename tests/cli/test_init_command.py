@@ -335,3 +335,24 @@ def test_the_rank_of_an_adapter_is_its_own(mediator, workshop):
     write_adapter(workshop.folder / "wide", 4, rank=5)
     found = json.loads(mediator("init", "base", "lora", "wide", "--json").out)
     assert [e["rank"] for e in found["experts"]] == [2, 5]
+
+
+def test_a_folder_of_adapters_is_named_once(drafted, workshop):
+    for seed, name in enumerate(("task10", "task2")):
+        write_adapter(workshop.folder / "both" / name, seed)
+    text = drafted("base", "both/", "lora")
+    assert "  - from: ./both  # the first: LoRA adapter of rank 2" in text
+    experts = load_recipe(workshop.folder / "recipe.yaml").recipe.experts
+    assert [(e.name, e.model) for e in experts] == [
+        ("task2", "./both/task2"), ("task10", "./both/task10"), ("lora", "./lora")
+    ]  # fmt: skip
+    (workshop.folder / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    text = drafted("base", "both", "--prompts", "task2=rows.jsonl", output="with.yaml")
+    assert "  - name: task2" in text
+    assert "- from:" not in text
+
+
+def test_names_of_folders_that_cannot_be_are_made_anew(drafted, workshop):
+    for seed, name in enumerate(("v1.2", "lora")):
+        write_adapter(workshop.folder / "both" / name, seed)
+    assert [e["name"] for e in yaml.safe_load(drafted("base", "both"))["experts"]] == ["both-lora", "v1-2"]

@@ -81,7 +81,10 @@ def test_the_words_say_what_to_merge(workshop, mediator):
     assert run.code == 0
     assert run.out.startswith("kinship of all pairs: Pearson correlation of the deltas\n")
     assert "merge first: " in run.out
-    assert "family tree: ((" in run.out
+    tree = run.out.split("family tree:\n")[1].splitlines()
+    assert sorted(line.split()[0] for line in tree[:4]) == ["w", "x", "y", "z"]
+    assert tree[0].endswith("┐")
+    assert "┘" in tree[3]
     assert "report written to kin.json" in run.out
     assert "kinship: " in run.err
     written = json.loads((workshop.folder / "kin.json").read_text())
@@ -154,3 +157,129 @@ def test_nothing_to_compare_is_refused(workshop, refused):
 def test_what_is_no_picture_is_refused(workshop, refused, file):
     workshop.recipe()
     refused(file, "drawn as a picture only", "use .png, .svg or .pdf", "kinship", "recipe.yaml", "--plot", file)
+
+
+def adapters(workshop, **more):
+    """Write plain adapters of different ranks and scalings, one of which leaves a layer as it is."""
+    write_adapter(workshop.folder / "other", 4, rank=3, use_rslora=True)
+    write_adapter(workshop.folder / "part", 5, rank=1)
+
+    def leave_a_layer(tensors):
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    edit_tensors(workshop.folder / "part" / "adapter_model.safetensors", leave_a_layer)
+    return [{"name": name, "model": f"./{name}"} for name in ("lora", "other", "part")]
+
+
+def test_adapters_measured_by_their_factors_are_what_whole_deltas_give(workshop, report):
+    experts = adapters(workshop)
+    low = report(experts=experts)
+    whole = report(experts=[*experts, {"name": "a", "model": "./a"}])
+    assert (low["low_rank"], whole["low_rank"]) == (True, False)
+    assert low["n_entries"] == whole["n_entries"]
+    wanted = {unit: {tuple(pair["experts"]): pair for pair in pairs} for unit, pairs in whole["units"].items()}
+    wanted["all"] = {tuple(pair["experts"]): pair for pair in whole["pairs"]}
+    for unit, pairs in (*low["units"].items(), ("all", low["pairs"])):
+        for pair in pairs:
+            for name in ("pcc", "cosine", "euclidean"):
+                assert pair[name] == pytest.approx(wanted[unit][tuple(pair["experts"])][name], abs=1e-5), (unit, name)
+    assert all(0 <= pair["overlap"] <= 1 for pair in low["pairs"])
+    assert low["units"]["model.layers.1"][1]["overlap"] is None
+
+
+def test_adapters_of_other_matrices_have_nothing_in_common(workshop, report):
+    experts = adapters(workshop)[:2]
+    for name, kept in (("lora", "mlp"), ("other", "self_attn")):
+
+        def leave(tensors, kept=kept):
+            for key in [key for key in tensors if kept not in key]:
+                del tensors[key]
+
+        edit_tensors(workshop.folder / name / "adapter_model.safetensors", leave)
+    (pair,) = report(experts=experts)["pairs"]
+    assert (pair["cosine"], pair["overlap"], pair["overlap_in"]) == (0.0, 0.0, 0.0)
+    assert pair["euclidean"] > 0
+
+
+def test_one_adapter_twice_is_told(workshop, mediator):
+    experts = [*adapters(workshop), {"name": "twin", "model": "./lora"}]
+    workshop.recipe(experts=experts)
+    run = mediator("kinship", "recipe.yaml", "--metric", "cosine", "--json")
+    assert "lora and twin are the same adapter" in run.err
+    found = json.loads(run.out)
+    assert found["same"] == [["lora", "twin"]]
+    pair = next(pair for pair in found["pairs"] if pair["experts"] == ["lora", "twin"])
+    assert pair["euclidean"] == 0.0
+    assert (pair["cosine"], pair["pcc"], pair["overlap"]) == pytest.approx((1.0, 1.0, 1.0))
+    workshop.recipe(experts=[{"name": n, "model": "./a"} for n in ("x", "y")])
+    assert "x and y are the same model" in mediator("kinship", "recipe.yaml").err
+
+
+def test_overlap_is_of_plain_adapters_alone(workshop, refused, report):
+    experts = adapters(workshop)
+    found = report("--metric", "overlap", experts=experts)
+    best = max(found["pairs"], key=lambda pair: pair["overlap"])
+    assert set(found["tree"][0]["left"] + found["tree"][0]["right"]) == set(best["experts"])
+    words = ("kinship", "recipe.yaml", "--metric", "overlap")
+    refused("--int8", "rounds every entry", "leave it out", *words, "--int8")
+    workshop.recipe(experts=[*experts, {"name": "a", "model": "./a"}])
+    refused("recipe.yaml:3 experts[3].model", "a is a full checkpoint, no adapter", "extract-lora", *words)
+
+
+def test_an_adapter_with_more_than_factors_is_compared_as_a_whole(workshop, report):
+    experts = adapters(workshop)
+    norm = "base_model.model.model.norm.weight"
+    file = workshop.folder / "lora" / "adapter_model.safetensors"
+    edit_tensors(file, put(norm, workshop.base["model.norm.weight"].float() + 1))
+    (workshop.folder / "lora" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "modules_to_save": ["norm"]})
+    )
+    found = report(experts=experts)
+    assert not found["low_rank"]
+    assert found["pairs"][0]["overlap"] is None
+
+
+def test_a_factor_that_is_not_finite_is_refused(workshop, refused):
+    experts = adapters(workshop)
+    name = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
+    file = workshop.folder / "other" / "adapter_model.safetensors"
+    edit_tensors(file, lambda tensors: tensors[name].fill_(float("nan")))
+    workshop.recipe(experts=experts)
+    place = f"{file}: model.layers.2.mlp.up_proj.weight"
+    refused(place, "factor B of expert other holds NaN", "diverged", "kinship", "recipe.yaml")
+
+
+def test_many_experts_are_told_by_their_ends(workshop, mediator):
+    for n in range(14):
+        write_adapter(workshop.folder / "many" / f"task{n}", n % 13)
+    workshop.recipe(experts={"from": "./many"})
+    run = mediator("kinship", "recipe.yaml", "--metric", "overlap", "--plot", "kin.png")
+    assert run.code == 0, run.err
+    assert run.out.startswith("kinship of all pairs: overlap of subspaces, from the adapters' factors\n")
+    nearest = next(line for line in run.out.splitlines() if line.split()[:3] == ["task0", "+", "task13"])
+    assert nearest.split()[3] == "1.000"
+    tree = run.out.split("family tree:\n")[1].splitlines()[:14]
+    assert sorted(line.split()[0] for line in tree) == sorted(f"task{n}" for n in range(14))
+
+
+def test_answers_need_rows(workshop, refused):
+    workshop.recipe()
+    words = ("kinship", "recipe.yaml", "--metric", "output")
+    refused("--metric output", "there is nothing to answer", "add --rows", *words)
+
+
+def test_answers_are_compared_where_rows_are_given(shop, mediator):
+    shop.recipe(experts=[{"name": n, "model": f"./{m}"} for n, m in (("a", "a"), ("lora", "lora"), ("twin", "lora"))])
+    rows = [{"prompt": "two plus", "answer": "two"}, {"prompt": "a good film", "answer": "good"}]
+    (shop.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = mediator("kinship", "recipe.yaml", "--metric", "output", "--rows", "rows.jsonl", "--positions", "3", "--json")
+    assert run.code == 0, run.err
+    found = json.loads(run.out)
+    assert found["n_positions"] == 3
+    distances = {tuple(pair["experts"]): pair["output"] for pair in found["pairs"]}
+    assert distances["lora", "twin"] == 0.0
+    assert distances["a", "lora"] == distances["a", "twin"] > 0
+    assert found["tree"][0]["kinship"] == 0.0
+    shown = mediator("kinship", "recipe.yaml", "--rows", "rows.jsonl")
+    assert "answers compared at 4 tokens" in shown.out

@@ -60,7 +60,7 @@ def _beside_products(change: Change) -> Iterator[str]:
     if any(product.magnitude for product in change.products):
         yield "is a DoRA adapter"
     if change.whole is not None:
-        yield "holds whole tensors (modules_to_save)"
+        yield "holds whole tensors (modules_to_save, or save_embedding_layers of PEFT's save_pretrained)"
     if change.shift is not None:
         yield "has trained biases"
     if change.rows is not None:

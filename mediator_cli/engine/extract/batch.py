@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.engine.extract.choose import choose
 from mediator_cli.engine.extract.encode import Coder, Stored
+from mediator_cli.engine.extract.factors import extract_factors
 from mediator_cli.engine.extract.gated import Scales, extract_gated
 from mediator_cli.engine.extract.item import Item
 from mediator_cli.engine.extract.measure import measure
@@ -46,12 +47,15 @@ def extract_batch(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Append tensors to the files of all experts; return what stands there, for the journal, by file and tensor.
 
-    Those that are stored sparsely come first. Files are the same for any workers.
+    Those that are stored sparsely come first, factors last. Files are the same for any workers.
     """
     sparse = [tensor for tensor in tensors if tensor.extract.mode == "sparse"]
-    others = [tensor for tensor in tensors if tensor.extract.mode != "sparse"]
+    factors = [tensor for tensor in tensors if tensor.extract.mode == "factors"]
+    others = [tensor for tensor in tensors if tensor.extract.mode not in ("sparse", "factors")]
     found = _extract_sparse(job, sparse, writers, common.limits, workers, advance)
     for name, each in extract_gated(job, others, writers, common.scales, workers, advance).items():
+        found[name] = found.get(name, {}) | each
+    for name, each in (extract_factors(job.adapters, factors, writers) if factors else {}).items():
         found[name] = found.get(name, {}) | each
     return found
 

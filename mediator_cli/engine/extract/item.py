@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from mediator_cli.checkpoint.adapter.open import Adapter
     from mediator_cli.checkpoint.header import TensorInfo
     from mediator_cli.checkpoint.read import Handle, Reader
     from mediator_cli.engine.streams import Piece
@@ -39,6 +40,7 @@ class Dense:
 class Extraction:
     """The experts to extract, by name, the dense tensors they add to, the slab size and the seed.
 
+    `adapters` are those of them of which the factors may be kept as they are.
     `stop` is set when another tensor's error or an interrupt has made the work useless.
     """
 
@@ -46,6 +48,7 @@ class Extraction:
     dense: Dense
     slab: int
     seed: int
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
     stop: Event = field(default_factory=Event)
 
 

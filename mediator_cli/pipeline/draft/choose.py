@@ -20,6 +20,7 @@ from mediator_cli.checkpoint.header import read_json
 from mediator_cli.checkpoint.hub.find import ONLINE, is_hub_id
 from mediator_cli.checkpoint.remote.url import is_url
 from mediator_cli.errors import MediatorError, OutputError, Problem, RecipeError, did_you_mean
+from mediator_cli.pipeline.draft.folders import names_in_folders
 from mediator_cli.pipeline.draft.names import expert_names
 from mediator_cli.pipeline.estimate import DifferenceReport, describe_plan
 from mediator_cli.pipeline.routable import check_routing
@@ -44,21 +45,26 @@ DENSITIES: tuple[tuple[float, ValueCodec], ...] = ((0.2, "sign"), (1.0, "bf16"))
 
 @dataclass(frozen=True)
 class Asked:
-    """What `init` was told: sources and prompt files as written, where the recipe goes, how a merge would run."""
+    """What `init` was told: sources and prompt files as written, where the recipe goes.
+
+    `folders` are those that the experts were found in, "" for one that was named by itself; see `each_expert`.
+    """
 
     base: str
     experts: tuple[str, ...]
     recipe: Path
     prompts: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DraftExpert:
-    """One expert as the recipe will name it."""
+    """One expert as the recipe will name it, or in `folder`, if the recipe names that instead."""
 
     name: str
     model: str
     prompts: str | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,12 +178,21 @@ def _united(asked: Asked, choices: Choices, access: Access) -> tuple[Choices, Pl
 def first_choices(asked: Asked) -> Choices:
     """Choose what needs no look at the sources: names and paths."""
     names = expert_names(_place(asked.base), [_place(source) for source in asked.experts])
+    folders = asked.folders or ("",) * len(names)
+    if own := names_in_folders(names, asked.experts, folders):
+        names = own
     prompts = _prompts(asked, names)
+    # A folder gives all its experts the same fields.
+    single = {folder for name, folder in zip(names, folders, strict=True) if name in prompts or not own}
     experts = (
-        DraftExpert(name, _written(asked, source), prompts.get(name))
-        for name, source in zip(names, asked.experts, strict=True)
+        DraftExpert(name, _written(asked, source), prompts.get(name), _folder(asked, folder, single))
+        for name, source, folder in zip(names, asked.experts, folders, strict=True)
     )
     return Choices(_written(asked, asked.base), tuple(experts))
+
+
+def _folder(asked: Asked, folder: str, single: set[str]) -> str:
+    return _written(asked, folder) if folder and folder not in single else ""
 
 
 def _is_hub_id(source: str) -> bool:

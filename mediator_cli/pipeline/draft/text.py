@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from typing import TYPE_CHECKING, get_args
 
 import yaml
@@ -12,7 +13,7 @@ from mediator_cli.recipe.schema import Rule
 from mediator_cli.recipe.sizes import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mediator_cli.pipeline.draft.choose import Choices, DraftExpert, DraftReport, SourceFacts
 
@@ -90,8 +91,21 @@ def _sources(choices: Choices, report: DraftReport) -> Iterator[str]:
         )
         yield comment("expert's task, best its training data. With prompts of every expert, a router is fitted.")
     yield "experts:"
-    for expert, facts in zip(choices.experts, report.experts, strict=True):
-        yield from _expert(expert, facts, is_routed=report.rule != "none")
+    known = list(zip(choices.experts, report.experts, strict=True))
+    for folder, group in groupby(known, key=lambda pair: pair[0].folder):
+        if folder:
+            yield from _folder(folder, [facts for _, facts in group], is_routed=report.rule != "none")
+            continue
+        for expert, facts in group:
+            yield from _expert(expert, facts, is_routed=report.rule != "none")
+
+
+def _folder(folder: str, experts: Sequence[SourceFacts], *, is_routed: bool) -> Iterator[str]:
+    names = ", ".join(facts.name for facts in experts[:_SHOWN]) + (", …" if len(experts) > _SHOWN else "")
+    yield comment(f"Every adapter or model in the folder, {len(experts)} now: {names}.")
+    yield f"  - from: {scalar(folder)}  {comment(f'the first: {_about(experts[0])}')}"
+    if is_routed:
+        yield '    # prompts: "{name}.train.jsonl"'
 
 
 def _expert(expert: DraftExpert, facts: SourceFacts, *, is_routed: bool) -> Iterator[str]:

@@ -1,0 +1,161 @@
+"""What a contest came to: a row for each strategy, the best of them, and conclusions from the numbers. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mediator_cli.compare.conclusions import best_of, conclude
+from mediator_cli.compare.paired import Mean, difference_of, is_level, mean_of
+from mediator_cli.evaluate.report import Difference, TaskResult, task_result
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mediator_cli.compare.conclusions import Conclusion
+    from mediator_cli.compare.contest import Cost, Scores
+    from mediator_cli.compare.selection_run import Kept
+    from mediator_cli.compare.strategies_run import Outcome
+    from mediator_cli.errors import Problem
+    from mediator_cli.strategies.bench import TaskRows
+
+
+@dataclass(frozen=True)
+class Result:
+    """All numbers of one strategy.
+
+    `seen` and `held_out` are of test rows, `valid` of the rows that it was fitted on; None where it cannot answer them.
+    `behind` is its difference to the best on the seen tasks, None for the best itself and for what cannot be compared.
+    """
+
+    name: str
+    strategy: str
+    group: str
+    reference: str
+    parameters: Mapping[str, Any]
+    seen: Mean | None
+    held_out: Mean | None
+    valid: Mean | None
+    tasks: tuple[TaskResult, ...]
+    cost: Cost
+    facts: Mapping[str, Any]
+    behind: Difference | None = None
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the rows do not tell it from the best."""
+        return self.behind is not None and is_level(self.behind)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is there to compare with."""
+        return self.group == "reference"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What was measured under which conditions."""
+
+    version: str
+    base: str
+    experts: tuple[str, ...]
+    seen: Mapping[str, int]
+    held_out: Mapping[str, int]
+    cores: int
+    timed_rows: int
+    base_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ContestReport:
+    """The results in the order of the recipe, who is best on test rows and who on validation rows, and what follows.
+
+    `winner` is chosen on validation rows alone; `best` is what the table's marks are against. `failed` could not be
+    fitted or could not answer. `selection` tells how well few experts do.
+    """
+
+    results: tuple[Result, ...]
+    best: str | None
+    winner: str | None
+    conclusions: tuple[Conclusion, ...]
+    conditions: Conditions
+    notes: tuple[str, ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()
+    selection: tuple[Kept, ...] = ()
+
+
+def report_of(
+    outcomes: Sequence[Outcome],
+    tasks: Sequence[TaskRows],
+    conditions: Conditions,
+    notes: Sequence[str] = (),
+    selection: Sequence[Kept] = (),
+) -> ContestReport:
+    """Sum up what strategies did."""
+    seen = [task.name for task in tasks if not task.is_held_out]
+    held_out = [task.name for task in tasks if task.is_held_out]
+    answered = [outcome for outcome in outcomes if outcome.answered is not None]
+    scores = {outcome.entry.label: outcome.answered.scores for outcome in answered if outcome.answered is not None}
+    results = tuple(_result(outcome, seen, held_out) for outcome in answered)
+    best = best_of(results)
+    results = tuple(replace(each, behind=_behind(each, best, scores, seen, conditions.seed)) for each in results)
+    return ContestReport(
+        results=results,
+        best=best,
+        winner=winner_of(results),
+        conclusions=tuple(conclude(results, scores, seen, held_out, conditions.seed)),
+        conditions=conditions,
+        notes=tuple(notes),
+        failed=tuple((o.entry.label, _told(o.problems)) for o in outcomes if o.answered is None),
+        selection=tuple(selection),
+    )
+
+
+def _told(problems: Sequence[Problem]) -> str:
+    return "; ".join(f"{each.place}: {each.message}" if each.place else each.message for each in problems)
+
+
+def _result(outcome: Outcome, seen: Sequence[str], held_out: Sequence[str]) -> Result:
+    found, entry = outcome.answered, outcome.entry
+    if found is None:
+        raise TypeError(entry.label)
+    return Result(
+        name=entry.label,
+        strategy=entry.strategy.name,
+        group=entry.strategy.group,
+        reference=entry.strategy.reference,
+        parameters=dict(entry.parameters),
+        seen=mean_of(found.scores, seen),
+        held_out=mean_of(found.scores, held_out),
+        valid=mean_of(found.valid, seen),
+        tasks=tuple(task_result(task, rows) for task, rows in found.scores.items()),
+        cost=found.cost,
+        facts=dict(found.facts),
+    )
+
+
+def winner_of(results: Sequence[Result], *, writable: frozenset[str] | None = None) -> str | None:
+    """Name the most exact on validation rows, of several the cheapest; references and what is not writable left out."""
+    known = [
+        (-each.valid.accuracy, each.cost.passes, each.cost.n_bytes, each.name)
+        for each in results
+        if each.valid and not each.is_reference and (writable is None or each.name in writable)
+    ]
+    return min(known)[3] if known else None
+
+
+def _behind(
+    result: Result, best: str | None, scores: Mapping[str, Scores], seen: Sequence[str], seed: int
+) -> Difference | None:
+    if best is None or result.name == best or result.seen is None:
+        return None
+    return difference_of(scores[result.name], scores[best], seen, seed, result.name)
+
+
+def as_json(report: ContestReport) -> dict[str, Any]:
+    """Give a report as JSON data."""
+    data = asdict(report)
+    for row, result in zip(data["results"], report.results, strict=True):
+        row["is_level_with_best"] = result.is_level
+    return data

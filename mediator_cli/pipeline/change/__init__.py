@@ -1,0 +1,1 @@
+"""A finished bundle with one expert more or less."""
