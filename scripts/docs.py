@@ -127,13 +127,14 @@ def compare_fields_block() -> str:
 
 def strategies_block() -> str:
     """List all strategies with their parameters, group by group."""
-    parts = []
+    parts: list[str] = []
     for group in ("reference", "ensemble", "merge", "route"):
         own = [each for each in strategies().values() if each.group == group]
         rows = [
-            (f"`{each.name}`", each.summary, _parameters(each.schema), f"[{short_reference(each.reference)}]({each.reference})")
+            (f"`{each.name}`", each.summary, _parameters(each.schema),
+             f"[{short_reference(each.reference)}]({each.reference})")
             for each in own
-        ]
+        ]  # fmt: skip
         parts.append(f"### {group}\n\n{table(('strategy', 'what it does', 'parameters', 'reference'), rows)}")
     return "\n\n".join(parts)
 

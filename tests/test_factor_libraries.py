@@ -278,7 +278,8 @@ def recipe(shop: Workshop, *names: str, **fields: Any) -> Path:
     return shop.recipe(**{"experts": experts, **FACTORS, **fields})
 
 
-SHARDS = {"output": {"shard_size": "1500B"}}
+SHARDS = {"output": {"shard_size": "5000B"}}
+"""Several shards, of several batches each."""
 MERGE = ("merge", "recipe.yaml", "-o", "out")
 
 
@@ -408,6 +409,14 @@ def test_tokens_that_move_are_refused_where_an_adapter_changes_them(tmp_path: Pa
     word_tokenizer().save_pretrained(tmp_path / "base")
     with pytest.raises(RecipeError, match="whose rows of tokens the recipe changes"):
         make_plan(load_recipe(tmp_path / "recipe.yaml"))
+
+
+def test_what_keep_base_leaves_out_of_an_adapter_is_told(shelf: Workshop) -> None:
+    plan = make_plan(load_recipe(recipe(shelf, keep_base=["*.down_proj.weight"])))
+    (told,) = [notice for notice in check_routing(plan).notices if "though adapters change them" in notice]
+    assert "model.layers.0.mlp.down_proj.weight, model.layers.1.mlp.down_proj.weight" in told
+    bundle = read_bundle(merge(plan, shelf.folder / "out"))
+    assert not [n for e in bundle.experts.values() for n in e.tensors if n.endswith("down_proj.weight")]
 
 
 def test_weights_have_no_say_and_this_is_told(shelf: Workshop) -> None:

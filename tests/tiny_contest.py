@@ -59,5 +59,7 @@ def write_recipe(folder: Path, **fields: Any) -> Path:
         "output": {"path": "./results"},
     }
     file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in (data | fields).items() if value is not None}, sort_keys=False))
+    file.write_text(
+        yaml.safe_dump({key: value for key, value in (data | fields).items() if value is not None}, sort_keys=False)
+    )
     return file

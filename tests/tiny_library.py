@@ -131,7 +131,7 @@ def tiny_bench(
 def taught_bench() -> Bench:
     """Give one bench of four trained experts with 10 rows a task; tests that leave it as it is share it."""
     folder = TemporaryDirectory(prefix="taught")
-    bench = tiny_bench(Path(folder.name), 4, 10, steps=6)
+    bench = tiny_bench(Path(folder.name), 4, 10, steps=8)
     # The folder goes when the bench does.
     bench.found["folder"] = folder
     return bench

@@ -56,7 +56,7 @@ def compare(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Ask how to use a library of adapters: ensemble, merge or route? All on the same rows. Goes on where it stopped."""
+    """Ask how to use a library of adapters: ensemble, merge or route? On the same rows; goes on where it stopped."""
     from mediator_cli.checkpoint.hub.collections import collection_lister
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.cli.contest import refuse_failed, show_report, show_written, shown_steps, write_report
@@ -65,8 +65,8 @@ def compare(
     from mediator_cli.cli.output import Told
     from mediator_cli.cli.run import settings
     from mediator_cli.compare.contest_job import Steps, prepare_contest, report_contest
-    from mediator_cli.compare.wanted import Wanted, check_wanted, write_wanted
     from mediator_cli.compare.strategies_run import forget
+    from mediator_cli.compare.wanted import Wanted, check_wanted, write_wanted
     from mediator_cli.recipe.compare import load_compare
 
     check_plot(plot)

@@ -59,7 +59,12 @@ def show_strategies() -> None:
 
     order = ("reference", "ensemble", "merge", "route")
     rows = [
-        (each.name, each.group, each.summary, ", ".join(f"{n}={f.default}" for n, f in each.schema.model_fields.items()))
+        (
+            each.name,
+            each.group,
+            each.summary,
+            ", ".join(f"{n}={f.default}" for n, f in each.schema.model_fields.items()),
+        )
         for each in sorted(strategies().values(), key=lambda each: (order.index(each.group), each.name))
     ]
     print_table(("strategy", "group", "what it does", "parameters"), rows)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mediator_cli.cli.scatter import Axis, Spot, linear_axis, log_axis, on_front
+from mediator_cli.cli.scatter import Axis, Spot, cost_axis, linear_axis, on_front
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mediator_cli.compare.contest_report import ContestReport, Result
+    from mediator_cli.compare.contest_report import ContestReport
+    from mediator_cli.compare.result import Result
     from mediator_cli.compare.selection_run import Kept
 
 COLOURS = {
@@ -64,7 +65,7 @@ def _chart(title: str, x_name: str, costs: Sequence[tuple[Result, float]]) -> Ch
         Spot(each.name, each.group, x, y, _points(each), not each.is_reference and next(front))
         for (each, x), y in zip(costs, ys, strict=True)
     )
-    return Chart(title, x_name, spots, log_axis([x for _, x in costs]), linear_axis(ys, least=2))
+    return Chart(title, x_name, spots, cost_axis([x for _, x in costs]), linear_axis(ys, least=2, most=100))
 
 
 def _points(result: Result) -> float | None:

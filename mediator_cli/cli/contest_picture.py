@@ -49,7 +49,7 @@ def _scatter(axes: Any, chart: Chart) -> None:  # noqa: ANN401 - matplotlib's Ax
             axes.scatter(xs, ys, c=colour, marker=_MARKERS[group], s=34, label=group, zorder=3)
     front = sorted((spot.x, spot.y) for spot in chart.spots if spot.is_front)
     axes.plot(*zip(*front, strict=True), "k--", linewidth=1, alpha=0.55, label="none cheaper and better")
-    axes.set_xscale("log")
+    axes.set_xscale("log" if chart.x.is_log else "linear")
     axes.set(xlim=(chart.x.low, chart.x.high), ylim=(chart.y.low, chart.y.high), xlabel=chart.x_name, ylabel=Y_NAME)
     axes.set_xticks(chart.x.ticks, [f"{tick:g}" for tick in chart.x.ticks])
     axes.set_xticks([], minor=True)

@@ -79,8 +79,8 @@ def _is_number(text: str) -> bool:
 def wanted_of(folder: Path, expert: str | None, mixture: str | None) -> Wanted | None:
     """Read what is asked of a bundle, None = route, before anything is loaded.
 
-    Raises BundleError for bad form, unknown experts, and when nothing is asked of a bundle without router and gates. All
-    that a bundle without sparse experts can answer with is its dense expert.
+    Raises BundleError for bad form, unknown experts, and when nothing is asked of a bundle without router and gates.
+    All that a bundle without sparse experts can answer with is its dense expert.
     """
     from mediator_cli.bundle.manifest import read_manifest
     from mediator_cli.errors import BundleError, Problem, did_you_mean

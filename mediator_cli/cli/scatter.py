@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
 _CHARACTER, _LINE, _GAP = 6.3, 13.0, 8.0
 """Width of a letter, height of a line, and the least distance of a label from its point, in pixels."""
 _TURNS, _RINGS = 12, 9
+_FEW_TIMES = 4
 
 
 @dataclass(frozen=True)
 class Spot:
-    """A named point of a kind; `error` is its standard error on the y axis, `is_front` whether none beats it on both."""
+    """A named point of a kind; `error` is its standard error in y, `is_front` whether no other beats it in both."""
 
     name: str
     kind: str
@@ -62,15 +64,20 @@ def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]  # fmt: skip
 
 
-def linear_axis(values: Sequence[float], least: float = 0.02) -> Axis:
-    """Choose an axis around values with about five round ticks."""
+def linear_axis(values: Sequence[float], least: float = 0.02, most: float = math.inf) -> Axis:
+    """Choose an axis around values with about five round ticks; nothing can be above `most`."""
     span = max(max(values) - min(values), least)
     raw = span / 4
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * n for n in (1, 2, 5, 10) if size * n >= raw)
     first, last = math.floor(min(values) / step - 0.2), math.ceil(max(values) / step + 0.2)
-    ticks = tuple(round(n * step, 9) for n in range(first, last + 1))
+    ticks = tuple(round(n * step, 9) for n in range(first, last + 1) if n * step <= most)
     return Axis(ticks[0], ticks[-1], ticks)
+
+
+def cost_axis(values: Sequence[float]) -> Axis:
+    """Choose an axis for positive values: logarithmic where they are of different sizes."""
+    return log_axis(values) if max(values) > _FEW_TIMES * min(values) else linear_axis(values, least=0.1 * max(values))
 
 
 def log_axis(values: Sequence[float]) -> Axis:
@@ -97,6 +104,20 @@ def place_labels(
         taken.append(_box(chosen, half))
         found.append(chosen)
     return found
+
+
+def spread(ys: Sequence[float], height: float) -> list[float]:
+    """Move lines of text apart, each as little as it takes from the top down; none below `height`.
+
+    >>> spread([50, 10, 52], 100)
+    [50, 10, 63.0]
+    """
+    found = list(ys)
+    order = sorted(range(len(ys)), key=lambda at: ys[at])
+    for before, at in pairwise(order):
+        found[at] = max(found[at], found[before] + _LINE)
+    low = max(found, default=0) - height
+    return [y - low for y in found] if low > 0 else found
 
 
 def _around(x: float, y: float, half: float) -> Iterator[Label]:

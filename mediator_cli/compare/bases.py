@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def other_bases(
-    loaded: LoadedCompare, plan: Plan, files: Sequence[SourceFile], run: Settings
-) -> Iterator[Problem]:
+def other_bases(loaded: LoadedCompare, plan: Plan, files: Sequence[SourceFile], run: Settings) -> Iterator[Problem]:
     """Tell of adapters that were trained on other numbers than the base's, whose weight files are `files`.
 
     Those that tell nothing, or nothing that can be compared, are let pass.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from mediator_cli.compare.contest import Scores
-    from mediator_cli.compare.contest_report import Result
+    from mediator_cli.compare.result import Result
     from mediator_cli.evaluate.report import Difference
 
 NEAR = 0.01
@@ -64,7 +64,9 @@ class _Rows:
     def against(self, question: str, one: Result, other: Result, tasks: Sequence[str], what: str = "") -> Conclusion:
         """Compare two strategies on test rows, in words."""
         found = difference_of(self.scores[one.name], self.scores[other.name], tasks, self.seed, one.name)
-        points = f"{100 * found.difference:+.1f} points, 95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+        points = (
+            f"{100 * found.difference:+.1f} points, 95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+        )
         verdict = "not told apart by these rows" if is_level(found) else "yes" if found.difference > 0 else "no, worse"
         answer = f"{verdict}: {one.name} against {other.name}{what} {points}"
         return Conclusion(question, answer, one.name, other.name, found)

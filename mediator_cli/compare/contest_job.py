@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
     from mediator_cli.checkpoint.hub.find import Access
     from mediator_cli.compare.contest_report import ContestReport
+    from mediator_cli.compare.entries import Entry
     from mediator_cli.errors import Problem
+    from mediator_cli.plan.model import Plan
     from mediator_cli.recipe.compare import LoadedCompare
+    from mediator_cli.strategies.bench import TaskRows
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,19 @@ class Steps:
     settings: Settings = field(default_factory=Settings)
 
 
-def prepare_contest(loaded: LoadedCompare, access: Access, steps: Steps | None = None) -> tuple[Contest, tuple[str, ...]]:
+def prepare_contest(
+    loaded: LoadedCompare, access: Access, steps: Steps | None = None
+) -> tuple[Contest, tuple[str, ...]]:
     """Check recipe, rows, strategies and experts, and read the experts; give the contest and what is worth knowing.
 
     Raises MediatorError with all problems of rows, strategies and headers together, then with those of the factors.
     """
     steps = steps or Steps()
     problems: list[Problem] = []
-    tasks, entries, plan, said = (), (), None, ()
+    tasks: tuple[TaskRows, ...] = ()
+    entries: tuple[Entry, ...] = ()
+    said: tuple[str, ...] = ()
+    plan: Plan | None = None
     try:
         tasks = read_tasks(loaded)
     except MediatorError as error:

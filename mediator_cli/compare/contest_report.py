@@ -1,4 +1,4 @@
-"""What a contest came to: a row for each strategy, the best of them, and conclusions from the numbers. No torch here."""
+"""What a contest came to: a row for each strategy, the best of them, and conclusions from the numbers."""
 
 from __future__ import annotations
 
@@ -6,50 +6,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mediator_cli.compare.conclusions import best_of, conclude
-from mediator_cli.compare.paired import Mean, difference_of, is_level, mean_of
-from mediator_cli.evaluate.report import Difference, TaskResult, task_result
+from mediator_cli.compare.paired import difference_of, mean_of
+from mediator_cli.compare.result import Result, winner_of
+from mediator_cli.evaluate.report import task_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mediator_cli.compare.conclusions import Conclusion
-    from mediator_cli.compare.contest import Cost, Scores
+    from mediator_cli.compare.contest import Scores
     from mediator_cli.compare.selection_run import Kept
     from mediator_cli.compare.strategies_run import Outcome
     from mediator_cli.errors import Problem
+    from mediator_cli.evaluate.report import Difference
     from mediator_cli.strategies.bench import TaskRows
-
-
-@dataclass(frozen=True)
-class Result:
-    """All numbers of one strategy.
-
-    `seen` and `held_out` are of test rows, `valid` of the rows that it was fitted on; None where it cannot answer them.
-    `behind` is its difference to the best on the seen tasks, None for the best itself and for what cannot be compared.
-    """
-
-    name: str
-    strategy: str
-    group: str
-    reference: str
-    parameters: Mapping[str, Any]
-    seen: Mean | None
-    held_out: Mean | None
-    valid: Mean | None
-    tasks: tuple[TaskResult, ...]
-    cost: Cost
-    facts: Mapping[str, Any]
-    behind: Difference | None = None
-
-    @property
-    def is_level(self) -> bool:
-        """Whether the rows do not tell it from the best."""
-        return self.behind is not None and is_level(self.behind)
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether it is there to compare with."""
-        return self.group == "reference"
 
 
 @dataclass(frozen=True)
@@ -133,16 +103,6 @@ def _result(outcome: Outcome, seen: Sequence[str], held_out: Sequence[str]) -> R
         cost=found.cost,
         facts=dict(found.facts),
     )
-
-
-def winner_of(results: Sequence[Result], *, writable: frozenset[str] | None = None) -> str | None:
-    """Name the most exact on validation rows, of several the cheapest; references and what is not writable left out."""
-    known = [
-        (-each.valid.accuracy, each.cost.passes, each.cost.n_bytes, each.name)
-        for each in results
-        if each.valid and not each.is_reference and (writable is None or each.name in writable)
-    ]
-    return min(known)[3] if known else None
 
 
 def _behind(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from mediator_cli.compare.contest_report import ContestReport, Result
+    from mediator_cli.compare.contest_report import ContestReport
     from mediator_cli.compare.paired import Mean
+    from mediator_cli.compare.result import Result
 
 LEVEL, BEST = "≈", "★"
 
@@ -55,9 +56,9 @@ def notes(report: ContestReport) -> Iterator[str]:
         + ", ± standard error; -ln p of an answer on seen tasks."
     )
     yield (
-        f"passes: products with the base's weights for each token, low-rank factors by their share. MB: held beside the "
-        f"base ({own.base_bytes / 1e6:.0f} MB), in float32. ms and memory (growth at the peak, MB): measured on the same "
-        f"{own.timed_rows} rows, scored in batches, {own.cores} cores."
+        f"passes: products with the base's weights for each token, low-rank factors by their share. MB: held beside "
+        f"the base ({own.base_bytes / 1e6:.0f} MB), in float32. ms and memory (growth at the peak, MB): measured on "
+        f"the same {own.timed_rows} rows, scored in batches, {own.cores} cores."
     )
     if report.best is not None:
         yield f"{BEST} best on seen tasks ({report.best}); {LEVEL} not told apart from it (paired bootstrap, 95 %)."

@@ -48,11 +48,13 @@ def _decision_bytes(fitted: Fitted) -> int:
 def _passes(bench: Bench, fitted: Fitted, tasks: Sequence[TaskRows]) -> float:
     """Average over tasks the products with the base's weights that a token needs, counted in weights multiplied."""
     whole = sum(parameter.numel() for parameter in bench.model.parameters())
-    shares = {name: sum(d.a.numel() + d.b.numel() for d in own.values()) / whole for name, own in fitted.experts.items()}
+    shares = {
+        name: sum(d.a.numel() + d.b.numel() for d in own.values()) / whole for name, own in fitted.experts.items()
+    }
     if isinstance(fitted.decision, Gates):
         rule, gates = fitted.decision.rule, fitted.decision.by_name.values()
-        used = min(rule.top_k or len(shares), len(shares)) / max(1, len(shares))
-        return 1 + used * sum(shares.values()) + sum(gate.directions.numel() for gate in gates) / whole
+        kept = min(rule.top_k or len(shares), len(shares)) / max(1, len(shares))
+        return 1 + kept * sum(shares.values()) + sum(gate.directions.numel() for gate in gates) / whole
     means = []
     for task in tasks:
         used = [_pass_count(fitted, shares, mixture) for mixture in _mixtures(bench, fitted, task)]

@@ -18,9 +18,8 @@ from mediator_cli.pipeline.download import download, download_weights, far_files
 from mediator_cli.pipeline.extract_lora import nearest_factors
 from mediator_cli.pipeline.sources import source_files
 from mediator_cli.plan.make import make_plan
-from mediator_cli.recipe.average import AverageSpec
 from mediator_cli.recipe.load import LoadedRecipe
-from mediator_cli.recipe.schema import AssignSpec, ExpertSpec, Recipe
+from mediator_cli.recipe.schema import Recipe
 from mediator_cli.strategies.library import Library
 
 if TYPE_CHECKING:
@@ -68,14 +67,15 @@ def plan_sources(loaded: LoadedCompare, access: Access) -> Plan:
 
 def _as_merge(loaded: LoadedCompare) -> LoadedRecipe:
     """Give a recipe that merges the same experts: what fits together there does here."""
-    recipe = Recipe(
-        version=1,
-        base=loaded.recipe.base,
-        experts=tuple(ExpertSpec(name=each.name, model=each.model) for each in loaded.recipe.experts),
-        assign=AssignSpec(rule="none"),
-        average=AverageSpec(method="task_arithmetic"),
-        seed=loaded.recipe.seed,
-    )
+    data = {
+        "version": 1,
+        "base": loaded.recipe.base,
+        "experts": [{"name": each.name, "model": each.model} for each in loaded.recipe.experts],
+        "assign": {"rule": "none"},
+        "average": {"method": "task_arithmetic"},
+        "seed": loaded.recipe.seed,
+    }
+    recipe = Recipe.model_validate(data)
     return LoadedRecipe(recipe, loaded.path, loaded.text, loaded.lines, loaded.changes, written=loaded.written)
 
 

@@ -14,8 +14,8 @@ from mediator_cli.compare.costs import cost_of
 from mediator_cli.compare.store import row_key
 from mediator_cli.errors import MediatorError
 from mediator_cli.strategies.bench import open_bench
-from mediator_cli.strategies.log_probs import cached_scores
 from mediator_cli.strategies.fitting import run
+from mediator_cli.strategies.log_probs import cached_scores
 from mediator_cli.strategies.strategy import ByTask
 
 if TYPE_CHECKING:
@@ -169,4 +169,3 @@ def _counter(contest: Contest, label: str, total: int) -> Callable[[int], None]:
         contest.progress(label, done, total)
 
     return advance
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mediator_cli.compare.contest_report import winner_of
+from mediator_cli.compare.result import winner_of
 from mediator_cli.compare.strategies_run import fit
 from mediator_cli.compare.write import write_strategy
 from mediator_cli.engine.publish import check_output
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mediator_cli.compare.contest_report import ContestReport, Result
+    from mediator_cli.compare.contest_report import ContestReport
+    from mediator_cli.compare.result import Result
     from mediator_cli.compare.strategies_run import Contest
     from mediator_cli.engine.publish import Mode
     from mediator_cli.recipe.compare import LoadedCompare
@@ -49,9 +50,7 @@ def check_wanted(contest: Contest, wanted: Wanted) -> None:
     contest.wanted = frozenset([wanted.named[0]] if wanted.named else [])
 
 
-def write_wanted(
-    contest: Contest, loaded: LoadedCompare, report: ContestReport, wanted: Wanted
-) -> dict[str, Path]:
+def write_wanted(contest: Contest, loaded: LoadedCompare, report: ContestReport, wanted: Wanted) -> dict[str, Path]:
     """Write what is wanted; give the folders by the strategies' names.
 
     Raises OutputError where no strategy has results on validation rows, or the one that is wanted has none.
@@ -86,7 +85,10 @@ def _told(result: Result, report: ContestReport) -> str:
     """Say in a sentence how a strategy did."""
     own = report.conditions
     parts = []
-    for mean, what in ((result.seen, f"{len(own.seen)} seen tasks"), (result.held_out, f"{len(own.held_out)} held-out")):
+    for mean, what in (
+        (result.seen, f"{len(own.seen)} seen tasks"),
+        (result.held_out, f"{len(own.held_out)} held-out"),
+    ):
         if mean is not None:
             error = f" ± {100 * mean.standard_error:.1f}" if mean.standard_error is not None else ""
             parts.append(f"{100 * mean.accuracy:.1f}{error} % on {what}")

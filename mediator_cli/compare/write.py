@@ -1,9 +1,9 @@
-"""A fitted strategy as a bundle: the base with what is folded into it, low-rank experts, and who decides on mixtures."""
+"""A fitted strategy as a bundle: the base with what is folded into it, low-rank experts, and who decides."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from mediator_cli.checkpoint.digest import digest_file
 from mediator_cli.checkpoint.header import read_tensors
 from mediator_cli.checkpoint.source import weight_files
 from mediator_cli.checkpoint.write import write_error
-from mediator_cli.compare.write_records import card_of, manifest_of
+from mediator_cli.compare.write_records import Described, Parts, card_of, manifest_of
 from mediator_cli.engine.publish import check_output, publish
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.kernels.factors import Factors
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mediator_cli.bundle.gates_record import GatesRecord
     from mediator_cli.compare.entries import Entry
     from mediator_cli.compare.strategies_run import Contest
     from mediator_cli.engine.publish import Mode
@@ -44,15 +43,6 @@ if TYPE_CHECKING:
     from mediator_cli.strategies.strategy import Fitted
 
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a bundle of a strategy holds beside its dense model, once it is written."""
-
-    sparse: Mapping[str, SparseFiles]
-    router: RouterRecord | None
-    gates: GatesRecord | None
 
 
 def check_writable(entry: Entry, fitted: Fitted) -> None:
@@ -180,16 +170,6 @@ def blind_router(fitted: Fitted) -> RouterRecord:
         features="none", classifier="none", experts=tuple(fitted.experts), size=1, temperature=1.0,
         outside_above=None, policy=policy, report=None, file=None,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Described:
-    """The files of a finished folder: weights with the digests of their tensors, and all others."""
-
-    shards: Mapping[str, WeightFile]
-    digests: Mapping[str, str]
-    dtypes: Mapping[str, tuple[str, tuple[int, ...], int]]
-    others: tuple[FileRecord, ...]
 
 
 def _described(folder: Path, parts: Parts) -> Described:

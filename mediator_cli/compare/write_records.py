@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.manifest import (
@@ -24,16 +25,36 @@ from mediator_cli.pipeline.record import commit_of, label, recipe_record
 from mediator_cli.pipeline.side_files import license_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from mediator_cli.bundle.gates_record import GatesRecord
+    from mediator_cli.bundle.record import FileRecord, WeightFile
     from mediator_cli.bundle.router_record import RouterRecord
     from mediator_cli.compare.entries import Entry
     from mediator_cli.compare.strategies_run import Contest
-    from mediator_cli.compare.write import Described, Parts
     from mediator_cli.pipeline.record import SparseFiles
     from mediator_cli.recipe.compare import LoadedCompare
     from mediator_cli.strategies.library import Change
     from mediator_cli.strategies.strategy import Fitted
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle of a strategy holds beside its dense model, once it is written."""
+
+    sparse: Mapping[str, SparseFiles]
+    router: RouterRecord | None
+    gates: GatesRecord | None
+
+
+@dataclass(frozen=True)
+class Described:
+    """The files of a finished folder: weights with the digests of their tensors, and all others."""
+
+    shards: Mapping[str, WeightFile]
+    digests: Mapping[str, str]
+    dtypes: Mapping[str, tuple[str, tuple[int, ...], int]]
+    others: tuple[FileRecord, ...]
 
 
 def manifest_of(
@@ -128,9 +149,7 @@ def _expert_record(name: str, change: Change, files: SparseFiles) -> SparseRecor
     return SparseRecord(expert=name, files=files.files, tensors=dict(files.tensors), units=units)
 
 
-def card_of(
-    contest: Contest, loaded: LoadedCompare, entry: Entry, fitted: Fitted, title: str, told: str = ""
-) -> str:
+def card_of(contest: Contest, loaded: LoadedCompare, entry: Entry, fitted: Fitted, title: str, told: str = "") -> str:
     """Write the bundle's README: what it is, what it was made of, how well it did, and the recipe."""
     plan = contest.sources.plan
     folders = {"base": plan.base.path, **{expert.name: expert.source.path for expert in plan.experts}}

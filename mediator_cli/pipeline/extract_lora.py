@@ -27,6 +27,7 @@ from mediator_cli.pipeline.extraction import (
     DTYPES,
     ChangeReport,
     ExtractionReport,
+    Job,
     MatrixReport,
     finish_extraction,
 )
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from mediator_cli.kernels.arrays import Floats
     from mediator_cli.pipeline.adapter_folder import AdapterFile
     from mediator_cli.pipeline.carried import Part, Saved
-    from mediator_cli.pipeline.extraction import Job
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import Plan
 

@@ -50,8 +50,8 @@ class Work:
     """All that the batches share: what is merged how, what the survey found, and where results go.
 
     `routed` are the tensors of which experts keep deltas, `from_base` those whose dense values are the base's own.
-    `adapters` are the experts of which factors may be kept.
-    `advance` is told of elements of each source that were read, of about `elements` in all.
+    `adapters` are experts whose factors may be kept. `advance` is told of elements of each source that were read, of
+    about `elements` in all.
     """
 
     streams: Streams
@@ -85,13 +85,12 @@ class Work:
 
     def kept_of(self, shard: Shard, expert: str) -> list[TensorPlan]:
         """Choose the tensors of a shard of which an expert, or for SHARED all experts together, keep something."""
-        routed = self.routed_of(shard.tensors)
-        if expert == SHARED:
-            return [tensor for tensor in routed if tensor.extract.n_shared and tensor.size]
-        return [tensor for tensor in routed if self.is_kept(tensor, expert)]
+        return [tensor for tensor in self.routed_of(shard.tensors) if self.is_kept(tensor, expert)]
 
     def is_kept(self, tensor: TensorPlan, expert: str) -> bool:
-        """Whether an expert keeps anything of a routed tensor: all do, but adapters only of what they change."""
+        """Whether an expert, or SHARED, keeps anything of a routed tensor: as factors, what its adapter changes."""
+        if expert == SHARED:
+            return bool(tensor.extract.n_shared and tensor.size)
         return tensor.extract.mode != "factors" or tensor.name in self.adapters[expert].changes
 
     def routed_of(self, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
@@ -241,11 +240,7 @@ def _open_target(work: Work, shard: Shard, is_begun: bool, stack: ExitStack) -> 
 
 
 def sparse_files(work: Work, expert: str) -> dict[int, str]:
-    """Name the files of a sparse expert by the number of the shard; shards of which nothing is routed have none.
-
-    For SHARED those of what experts share, by the shards of which anything is shared; for an adapter whose factors are
-    kept, by the shards of which it changes anything.
-    """
+    """Name the files of a sparse expert, or of SHARED, by the number of the shard; where it keeps nothing is none."""
     numbers = [shard.number for shard in work.shards if work.kept_of(shard, expert)]
     return {number: sparse_file_name(expert, at, len(numbers)) for at, number in enumerate(numbers, 1)}
 
@@ -271,7 +266,6 @@ def _open_writers(
                 stored |= work.journal.steps[step(batch)]["stored"].get(expert, {})
             specs = {name: SparseTensor.model_validate(facts["spec"]) for name, facts in stored.items()}
             n_index = {name: int(facts["n_index"]) for name, facts in stored.items()}
-            dtypes |= {name: str(facts["dtype"]) for name, facts in stored.items() if "dtype" in facts}
             writer = resume_sparse_file(file, expert, names, specs, dtypes, n_index)
         else:
             file.unlink(missing_ok=True)

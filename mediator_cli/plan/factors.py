@@ -60,11 +60,8 @@ def check_changes(plan: Plan) -> Plan:
     if not keeps_factors(plan.loaded):
         return plan
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    changed = {
-        expert.name: [tensors[name] for name in expert.source.changes if tensors[name].average is not None]
-        for expert in plan.experts
-        if isinstance(expert.source, Adapter)
-    }
+    adapters = {expert.name: expert.source for expert in plan.experts if isinstance(expert.source, Adapter)}
+    changed = {name: [tensors[tensor] for tensor in adapter.changes] for name, adapter in adapters.items()}
     if problems := [*_unmixable(plan, changed), *_nothing_kept(plan, changed)]:
         raise RecipeError(plan.loaded.ordered(problems))
     return replace(plan, notices=(*plan.notices, *_notices(plan, changed)))
@@ -73,7 +70,7 @@ def check_changes(plan: Plan) -> Plan:
 def _unmixable(plan: Plan, changed: Mapping[str, Sequence[TensorPlan]]) -> Iterator[Problem]:
     units = _open_units(plan)
     for expert, tensors in changed.items():
-        if names := [t.name for t in tensors if t.unit in units and not t.mixable]:
+        if names := [t.name for t in tensors if t.unit in units and t.average is not None and not t.mixable]:
             message = f"changes {some_names(names)}, which the run time cannot mix for each input"
             hint = "`keep_base: [GLOB]` leaves such tensors to the base; `extract: {mode: sparse}` averages them"
             yield Problem(_place(plan, expert), message, hint)
@@ -82,15 +79,17 @@ def _unmixable(plan: Plan, changed: Mapping[str, Sequence[TensorPlan]]) -> Itera
 def _nothing_kept(plan: Plan, changed: Mapping[str, Sequence[TensorPlan]]) -> Iterator[Problem]:
     units = _open_units(plan)
     for expert, tensors in changed.items():
-        if not any(tensor.unit in units for tensor in tensors):
+        if not any(tensor.unit in units and tensor.can_be_routed for tensor in tensors):
             message = f"{expert} changes nothing in the units that may be routed, so none of it would be kept"
             yield Problem(_place(plan, expert), message, "write `assign: {rule: all}`, or leave the expert out")
 
 
 def _notices(plan: Plan, changed: Mapping[str, Sequence[TensorPlan]]) -> Iterator[str]:
     units = _open_units(plan)
-    outside = [t.name for tensors in changed.values() for t in tensors if t.unit not in units]
-    if names := list(dict.fromkeys(outside)):
+    every = {tensor.name: tensor for tensors in changed.values() for tensor in tensors}.values()
+    if names := [tensor.name for tensor in every if tensor.average is None]:
+        yield f"left to the base, though adapters change them: {some_names(names)} (keep_base)"
+    if names := [tensor.name for tensor in every if tensor.average is not None and tensor.unit not in units]:
         yield f"merged for all inputs, as their units are not routed: {some_names(names)}; `assign: {{rule: all}}` does"
     if len({expert.weight for expert in plan.experts}) > 1:
         yield "expert weights have no say where experts are kept as factors, only where units are averaged"

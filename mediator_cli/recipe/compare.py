@@ -112,8 +112,8 @@ class SelectionSpec(Strict):
         Field(
             strict=False,
             min_length=1,
-            description="Who stands for a cluster: the expert in its middle, the average of its experts, or one that is "
-            "trained on the train rows of all its tasks.",
+            description="Who stands for a cluster: the expert in its middle, the average of its experts, or one that "
+            "is trained on the train rows of all its tasks.",
         ),
     ] = ("medoid",)
 
@@ -274,9 +274,8 @@ def compare_schema() -> dict[str, Any]:
     form = {"if": {"type": "object"}, "then": many, "else": {"type": "array"}}
     fields["experts"] = experts | {"items": {"anyOf": [experts["items"], many]}} | form
     tasks = fields["tasks"]
-    fields["tasks"] = {
-        "description": tasks.pop("description"), "type": "object", "if": {"required": ["from"]}, "then": rows, "else": tasks
-    }  # fmt: skip
+    choice = {"if": {"required": ["from"]}, "then": rows, "else": tasks}
+    fields["tasks"] = {"description": tasks.pop("description"), "type": "object", **choice}
     fields["strategies"]["items"] = {"anyOf": [{"type": "string"}, fields["strategies"]["items"]]}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recipe of kind compare"}
     return {**head, **{key: value for key, value in schema.items() if key != "title"}}

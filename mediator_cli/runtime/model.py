@@ -148,7 +148,10 @@ class RoutedModel(PreTrainedModel):
         generate = super().generate  # type: ignore[misc]
         self._refuse_beams(kwargs)
         if mixture is None and (self.state.weights is not None or self.gating is not None):
-            return generate(inputs, *args, **kwargs)
+            # Some caches turn the mask into another form before the pass that reads the prompt.
+            mask = kwargs.get("attention_mask")
+            with self.reading(None if mask is None or mask.ndim != 2 else mask.bool()):
+                return generate(inputs, *args, **kwargs)
         if mixture is None:
             ids = inputs if inputs is not None else kwargs.get("input_ids")
             mixture = self._route_batch(ids, kwargs.get("attention_mask"))
@@ -248,6 +251,8 @@ class RoutedModel(PreTrainedModel):
         mask = self.state.is_prompt
         if mask is None and isinstance(given := kwargs.get("attention_mask"), torch.Tensor) and given.ndim == 2:
             mask = given.bool()
+        if mask is not None and len(mask) != n_rows:
+            mask = spread(mask, n_rows, str(self.opened.path))
         continues = _goes_on(kwargs)
         if self.gating is not None:
             self.gating.begin(None if continues else mask, continues=continues)

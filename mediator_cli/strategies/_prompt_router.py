@@ -36,6 +36,7 @@ def fit_on_prompts(
         read = asking_reader(model, turns, settings.features) if settings.features.asks else None
         reader = read or model_reader(model, bench.tokenizer, settings.features)
         fitted = fit_router(reader, partial(text_ids, turns, settings.features), prompts, settings)
+    bench.progress("fitting the router", 1, 1)
     return _in_memory(fitted), _facts(fitted)
 
 

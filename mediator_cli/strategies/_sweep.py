@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 _TOP = 16
-_LOGIT_BYTES = 256 << 20
+_LOGIT_BYTES = 128 << 20
 """Logits of all models, in the model's dtype, that are in memory at a time; those of one query may be more."""
-_PLACES = 16
-"""Places whose logits are float32 at a time."""
+_WIDE_BYTES = 32 << 20
+"""Logits in float32 at a time; those of one place may be more."""
 _BOUND = -1
-"""Not a token, but what none of those that are not kept exceeds. It wins ties, as it is not certain."""
+"""Not a token, but what none of those that are not kept exceeds."""
+_NEAR = 1e-3
+"""Nats between two tokens that rounding may turn: the same rows in other batches give slightly other logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,19 +84,26 @@ class Tokens:
         """Mix probabilities with log weights [tokens, models].
 
         Gives, of each token [tokens], its log-probability, whether it is the most probable one, and whether the latter
-        is certain. Of equal tokens the one with the lower id is preferred, as decoding does.
+        is certain: neither near another one, nor below the bound. Of equal tokens the one with the lower id counts.
         """
         parts = _log_sum(self.parts + logs[self.part_of])
         rivals = _log_sum(self.rivals + logs[self.rival_of])
         best, best_id = _best(parts, self.part_of, self.part_id, len(self.query))
-        beats = (rivals > best[self.rival_of]) | (
-            (rivals == best[self.rival_of]) & (self.rival_id < best_id[self.rival_of])
+        ahead = rivals - best[self.rival_of]
+        is_token = self.rival_id != _BOUND
+        beats = is_token & ((ahead > 0) | ((ahead == 0) & (self.rival_id < best_id[self.rival_of])))
+        beaten = self._any(beats)
+        surely = self._any(is_token & (ahead > _NEAR))
+        return (
+            self._summed(parts),
+            ~beaten,
+            surely | ~self._any(np.where(is_token, abs(ahead) <= _NEAR, ahead >= -_NEAR)),
         )
-        is_bound = self.rival_id == _BOUND
-        beaten, doubtful = (
-            np.bincount(self.rival_of[beats & flag], minlength=len(self.query)) > 0 for flag in (~is_bound, is_bound)
-        )
-        return self._summed(parts), ~beaten, beaten | ~doubtful
+
+    def _any(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tell which tokens have a rival that is flagged."""
+        found: NDArray[np.bool_] = np.bincount(self.rival_of[flags], minlength=len(self.query)) > 0
+        return found
 
     def settled(self, greedy: NDArray[np.bool_], certain: NDArray[np.bool_], n_queries: int) -> NDArray[np.bool_]:
         """Tell which queries hold a token that is certainly not the most probable one."""
@@ -194,8 +203,9 @@ def _keep(logits: torch.Tensor, query: Ints, place: Ints, wanted: Sequence[Seque
         of_place.setdefault(at, []).append(token)
     found: dict[int, tuple[Floats32, Ints, Floats32, Ints]] = {}
     kept: list[tuple[Floats32, Floats32]] = []
-    for start in range(0, len(logits), _PLACES):
-        log_probs = logits[start : start + _PLACES].float().log_softmax(-1)
+    step = max(1, _WIDE_BYTES // (4 * logits[0].numel()))
+    for start in range(0, len(logits), step):
+        log_probs = logits[start : start + step].float().log_softmax(-1)
         tops = log_probs.topk(min(_TOP, log_probs.shape[-1]), dim=-1)
         for at, (own, ids, values) in enumerate(zip(log_probs, tops.indices, tops.values, strict=True), start):
             candidates = ids.unique()

@@ -3,7 +3,7 @@
 One pass for each expert and one for the base, over any rows. Of every token of an answer this keeps its log-probability
 under each model, and its rivals: the tokens that greedy decoding could prefer in some mixture. A token that another one
 beats under every model wins in no mixture, so few rivals are left. Of the tokens that are in no model's top 16 a bound
-is kept; where it decides, a row counts as not certain.
+is kept; where it decides, or two tokens are so near that rounding may, a row counts as not certain.
 """
 
 from __future__ import annotations

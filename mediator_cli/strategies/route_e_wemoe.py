@@ -28,7 +28,7 @@ def route_e_wemoe(
     *,
     scale: Scale = None,
     rank: Rank = 4,
-    steps: Steps = 50,
+    steps: Steps = 40,
     rows: BatchRows = 8,
     rate: Rate = 3e-3,
 ) -> Fitted:

@@ -31,7 +31,7 @@ def route_phatgoose(
     bench: Bench,
     *,
     top_k: TopK = 2,
-    steps: Steps = 12,
+    steps: Steps = 10,
     rows: BatchRows = 4,
     rate: Rate = 5e-3,
     source: SourceParameter = "valid",

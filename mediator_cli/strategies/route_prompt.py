@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from mediator_cli.bundle.router_record import PolicyRecord
+from mediator_cli.errors import Problem, RecipeError
 from mediator_cli.runtime.features import FeatureSpec
 from mediator_cli.runtime.fit import FitSettings
 from mediator_cli.strategies._own_rows import SourceParameter, rows_by_expert
@@ -56,12 +57,15 @@ def route_prompt(
     """Classify the prompt by task once; W + Σ wₜ bₜaₜ answers, w from the probabilities of the tasks.
 
     Reads prompts alone, those to train on too where they are given: wordings that it never saw are unlike all tasks.
-    Needs 8 different prompts of each expert. Raises BundleError where there are fewer, or tasks share their prompts.
+    Needs 8 different prompts of each expert. Raises BundleError where there are fewer, or tasks share their prompts,
+    RecipeError for a layer that nothing reads.
     """
+    if features != "hidden_mean" and layer is not None:
+        raise RecipeError(Problem("layer", f"features {features} have no layer", "leave it out, or read hidden_mean"))
     if features == "hidden_mean" and layer is None:
         layer = max(1, int(bench.model.config.get_text_config().num_hidden_layers) // 2)
     policy = PolicyRecord(rule=rule, sure=sure, cover=cover, k=top_k if rule == "top_k" else None, outside=outside)
-    spec = FeatureSpec(features, layer if features == "hidden_mean" else None)
+    spec = FeatureSpec(features, layer)
     settings = FitSettings(features=spec, classifier=classifier, policy=policy, max_prompts=max_prompts)
     fitted = Fitted(experts=bench.library.experts)
     router, facts = fit_on_prompts(bench, fitted, rows_by_expert(bench, source), settings)

@@ -35,7 +35,7 @@ def route_token(
     top_k: TopK = 2,
     start: Start = "average_activation",
     reads: Reads = "normalised",
-    steps: Steps = 50,
+    steps: Steps = 40,
     rows: BatchRows = 8,
     rate: Rate = 1e-3,
 ) -> Fitted:

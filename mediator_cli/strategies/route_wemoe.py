@@ -24,7 +24,7 @@ Scale = Annotated[
 
 @strategy(group="route", reference="https://arxiv.org/abs/2402.00433", needs=("rows",))
 def route_wemoe(
-    bench: Bench, *, scale: Scale = None, steps: Steps = 50, rows: BatchRows = 8, rate: Rate = 3e-3
+    bench: Bench, *, scale: Scale = None, steps: Steps = 40, rows: BatchRows = 8, rate: Rate = 3e-3
 ) -> Fitted:
     """Learn W + Σ wₜτₜ in each MLP, with w = R·h̄ + c free of softmax, h̄ the mean over the prompt; W + λΣτₜ elsewhere.
 

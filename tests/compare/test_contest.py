@@ -21,11 +21,11 @@ from mediator_cli.compare.write import write_strategy
 from mediator_cli.errors import CheckpointError, OutputError, Problem
 from mediator_cli.evaluate.score import RowScore, ScoreSettings, score_rows
 from mediator_cli.pipeline.router import route_texts
+from mediator_cli.recipe.compare import load_compare
 from mediator_cli.runtime.gates import Gate, Gates
 from mediator_cli.runtime.gating import gate_sizes
 from mediator_cli.runtime.open import open_bundle
 from mediator_cli.runtime.prompts import load_tokenizer
-from mediator_cli.recipe.compare import load_compare
 from mediator_cli.strategies.library import summed
 from mediator_cli.strategies.strategy import ByTask, Fitted, Fixed, strategy
 
@@ -48,7 +48,9 @@ def told(bench):
 @strategy(group="merge", reference=URL)
 def folded_half(bench, *, scale: Annotated[float, Field(gt=0, description="Factor.")] = 0.5):
     """Fold all experts in."""
-    return Fitted(folded=(summed([(change, scale) for change in bench.library.experts.values()]),), facts={"scale": scale})
+    return Fitted(
+        folded=(summed([(change, scale) for change in bench.library.experts.values()]),), facts={"scale": scale}
+    )
 
 
 @strategy(group="merge", reference=URL)
@@ -228,7 +230,9 @@ def test_stored_factors_are_those_of_the_adapter(contest, outcomes, loaded, tmp_
     folder = write_strategy(contest, loaded, entry, fit(contest, entry), tmp_path / "out")
     model = open_bundle(folder)
     name = next(iter(contest.bench.library.experts["alpha"]))
-    stored = next(mixer.matrix.deltas.bundle.delta("alpha", name) for mixer in model.opened.mixers if mixer.name == name)
+    stored = next(
+        mixer.matrix.deltas.bundle.delta("alpha", name) for mixer in model.opened.mixers if mixer.name == name
+    )
     own = contest.bench.library.experts["alpha"][name]
     assert torch.equal(stored.a, own.a)
     assert torch.equal(stored.b, own.b)

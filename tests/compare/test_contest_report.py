@@ -95,7 +95,11 @@ def test_the_best_and_those_that_cannot_be_told_from_it_are_marked(report):
 
 
 def test_the_cheapest_of_equals_on_validation_rows_wins():
-    two = (outcome("b", "merge", 50, 50, passes=1.5), outcome("a", "merge", 10, 10, valid=50), outcome("c", "merge", 5, 5, valid=50, n_bytes=1))
+    two = (
+        outcome("b", "merge", 50, 50, passes=1.5),
+        outcome("a", "merge", 10, 10, valid=50),
+        outcome("c", "merge", 5, 5, valid=50, n_bytes=1),
+    )
     assert report_of(two, TASKS, CONDITIONS).winner == "a"
 
 
@@ -112,16 +116,20 @@ def test_the_questions_are_answered_from_the_numbers(report):
         "Does the best route help on held-out tasks?",
     ]
     first = said["Does non-uniform beat uniform ensembling?"]
-    assert (first.one, first.other, first.difference.difference) == ("ensemble_learned", "ensemble_uniform", pytest.approx(0.2))
+    assert (first.one, first.other, first.difference.difference) == (
+        "ensemble_learned",
+        "ensemble_uniform",
+        pytest.approx(0.2),
+    )
     assert first.answer.startswith("yes: ensemble_learned against ensemble_uniform +20.0 points, 95 % interval +")
     # merge_ties speaks for the others by its validation rows, and one test row more is no difference.
     assert said["Does non-uniform beat uniform merging?"].answer.startswith("not told apart by these rows: merge_ties")
     assert said["Does routing beat merging?"].answer.startswith("yes: route_arrow against merge_ties")
     cheap = said["What is the cheapest within one point of the best?"]
-    assert cheap.answer == (
-        "route_arrow: 79.5 % (best 80.0 %, ensemble_learned), 1.50 passes, 0.0 MB beside the base"
+    assert cheap.answer == ("route_arrow: 79.5 % (best 80.0 %, ensemble_learned), 1.50 passes, 0.0 MB beside the base")
+    assert said["Does the best merge help on held-out tasks?"].answer.startswith(
+        "no, worse: merge_ties against base -20.0"
     )
-    assert said["Does the best merge help on held-out tasks?"].answer.startswith("no, worse: merge_ties against base -20.0")
     assert said["Does the best ensemble help on held-out tasks?"].difference.difference == pytest.approx(0.01)
 
 

@@ -76,7 +76,8 @@ def test_adapters_that_are_more_than_factors_are_refused_with_the_line_of_the_fo
     edit_json(folder / "adapters" / "alpha" / "adapter_config.json", modules_to_save=["norm"])
     (found,) = refused(folder)
     assert found[0].startswith("/recipe.yaml:5 experts.from: /adapters/alpha")
-    assert found[1].startswith("holds whole tensors (modules_to_save) (model.norm.weight)")
+    assert found[1].startswith("holds whole tensors (modules_to_save")
+    assert "(model.norm.weight)" in found[1]
     assert "mediator extract-lora" in found[2]
 
 
@@ -96,7 +97,9 @@ def test_the_same_adapter_twice_is_told_and_stops_nothing(folder):
 
 def test_an_adapter_of_another_shape_is_refused(folder):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    edit_tensors(folder / "adapters" / "alpha" / "adapter_model.safetensors", lambda t: t.update({name: torch.ones(1, 9)}))
+    edit_tensors(
+        folder / "adapters" / "alpha" / "adapter_model.safetensors", lambda t: t.update({name: torch.ones(1, 9)})
+    )
     (found,) = refused(folder)
     assert found[0].startswith("/recipe.yaml:5 experts.from")
     assert "q_proj" in found[0] + found[1]
@@ -116,11 +119,13 @@ def full_model(folder, name, change):
 def test_a_full_checkpoint_needs_a_rank_and_is_its_nearest_adapter(folder):
     generator = torch.Generator().manual_seed(3)
     matrix = torch.randn(16, 24, generator=generator) * 0.1
-    full_model(folder, "alpha", {"model.layers.0.mlp.down_proj.weight": matrix, "model.norm.weight": torch.full((16,), 0.1)})
+    full_model(
+        folder, "alpha", {"model.layers.0.mlp.down_proj.weight": matrix, "model.norm.weight": torch.full((16,), 0.1)}
+    )
     experts = [{"name": "alpha", "model": "./full/alpha"}, {"name": "beta", "model": "./adapters/beta"}]
     tasks = {name: {"test": f"data/{name}.test.jsonl"} for name in ("alpha", "beta")}
     ((place, message, hint),) = refused(folder, experts=experts, tasks=tasks)
-    assert place.startswith("/recipe.yaml:5 experts[0].model")
+    assert place.startswith("/recipe.yaml:6 experts[0].model")
     assert message == "alpha is a full checkpoint, and strategies work on adapters"
     assert "`rank: 16`" in hint
     experts[0]["rank"] = 5
@@ -131,7 +136,10 @@ def test_a_full_checkpoint_needs_a_rank_and_is_its_nearest_adapter(folder):
     assert delta.b @ delta.a == pytest.approx(best, abs=1e-5)
     # The norm is no matrix: what it changed is lost, and counted.
     share = (s[:5] ** 2).sum() / ((s**2).sum() + 16 * 0.01)
-    assert notice == f"alpha is a full checkpoint, taken as its nearest adapter of rank 5, which holds {share:.1%} of its change"
+    assert (
+        notice
+        == f"alpha is a full checkpoint, taken as its nearest adapter of rank 5, which holds {share:.1%} of its change"
+    )
     assert list(contest.sources.factors["alpha"]) == ["model.layers.0.mlp.down_proj.weight"]
 
 
@@ -180,7 +188,9 @@ def test_an_adapter_made_here_tells_by_the_digests_of_its_bases_files(folder, mo
     prepared(folder)
     note(xxh3="0" * 32)
     (found,) = refused(folder)
-    assert found[1].startswith("alpha was trained on another base: model.safetensors of its base has the digest 000000000000")
+    assert found[1].startswith(
+        "alpha was trained on another base: model.safetensors of its base has the digest 000000000000"
+    )
     assert found[1].endswith(f"here it is {file.xxh3[:12]}")
 
 
@@ -203,7 +213,7 @@ def test_rows_that_are_fitted_on_and_tested_on_are_told(folder):
 
 
 def test_all_is_told_before_anything_is_loaded(folder):
-    (folder / "data" / "beta.test.jsonl").write_text('{"prompt": ""}\n')
+    (folder / "data" / "beta.test.jsonl").write_text("{}\n")
     (folder / "adapters" / "gamma" / "adapter_model.safetensors").unlink()
     strategies = ["bass", {"name": "merge_uniform", "scale": -1}, {"name": "merge_uniform", "label": "x", "sscale": 1}]
     found = refused(folder, strategies=strategies)
@@ -238,7 +248,9 @@ def test_tasks_must_know_experts(folder):
 
 
 def test_selections_keep_no_more_experts_than_there_are(folder):
-    loaded = load_compare(write_recipe(folder, selection={"selectors": ["mbc", "greedy"], "representatives": ["medoid", "average"]}))
+    loaded = load_compare(
+        write_recipe(folder, selection={"selectors": ["mbc", "greedy"], "representatives": ["medoid", "average"]})
+    )
     assert sizes_of(loaded) == (1, 2, 3)
     asks = asks_of(loaded.recipe.selection, (1, 3))
     assert [ask.shown for ask in asks] == [

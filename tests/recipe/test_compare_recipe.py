@@ -69,7 +69,9 @@ def test_a_folder_of_adapters_passes_its_rank_on(load, tmp_path):
     for name in ("one", "two"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
         (tmp_path / "adapters" / name / "adapter_config.json").write_text("{}")
-    text = "version: 1\nkind: compare\nbase: b\n" + TASKS.replace(", expert: b", "") + "experts: {from: adapters, rank: 3}"
+    text = (
+        "version: 1\nkind: compare\nbase: b\n" + TASKS.replace(", expert: b", "") + "experts: {from: adapters, rank: 3}"
+    )
     recipe = load(text).recipe
     assert [(each.name, each.model, each.rank) for each in recipe.experts] == [
         ("one", "./adapters/one", 3),

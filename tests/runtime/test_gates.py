@@ -188,6 +188,19 @@ def test_generation_equals_one_pass_over_the_same_tokens(model, rule):
         assert alone[0, len(prompt) :].tolist() == made.sequences[at, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("how", [{"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}])
+def test_padded_prompts_generate_as_alone_in_every_way(model, how):
+    """Beams multiply rows; a static cache hides where padding is."""
+    set_gates(model, make_gates(model, RULES["sequence"], scale=0.7))
+    ids, mask = padded(PROMPTS)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None} | how
+    made = model.generate(ids, attention_mask=mask, **settings)
+    n = len(made) // len(PROMPTS)
+    for at, prompt in enumerate(PROMPTS):
+        alone = model.generate(torch.tensor([prompt]), **settings)
+        assert alone[:, len(prompt) :].tolist() == made[at * n : (at + 1) * n, ids.shape[1] :].tolist()
+
+
 def test_sequences_of_two_calls_do_not_share_their_choice(model):
     set_gates(model, make_gates(model, RULES["sequence"], scale=2.0))
     first, second = ([logits_of(model, *padded([p])) for p in order] for order in (PROMPTS, PROMPTS[::-1]))

@@ -69,6 +69,18 @@ def test_a_cut_is_the_nearest_matrix_of_its_rank():
     assert cut(delta, 5) is delta
 
 
+def test_a_cut_of_many_factors_is_as_near():
+    torch.manual_seed(0)
+    falls = 0.9 ** torch.arange(60.0)
+    delta = FactorDelta(torch.randn(60, 90) * falls[:, None], torch.randn(70, 60))
+    _, s, _ = svd(delta)
+    small = cut(delta, 6)
+    assert small.a.shape == (6, 90)
+    left = (small.b @ small.a - delta.b @ delta.a).norm()
+    torch.testing.assert_close(left, s[6:].norm(), rtol=1e-3, atol=0.0)
+    assert torch.equal(cut(delta, 6).b, small.b)
+
+
 def test_directions_of_nothing_are_zeros():
     torch.manual_seed(0)
     a, b = torch.randn(1, 9), torch.randn(7, 1)
@@ -233,6 +245,19 @@ def test_a_router_of_prompts_chooses_as_the_oracle(bench):
         expected = [score.log_prob for score in bench.score(oracle, task, task.test)]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert fitted.facts["accuracy"] == 1
+
+
+@pytest.mark.parametrize("parameters", [{"features": "hidden_mean"}, {"features": "perplexity", "rule": "posterior"}])
+def test_a_router_may_read_other_features(bench, parameters):
+    fitted = fit(bench, "route_prompt", classifier="ridge", max_prompts=12, **parameters)
+    assert fitted.decision.record.layer == (1 if parameters["features"] == "hidden_mean" else None)
+    scores = bench.score(fitted, bench.seen[0], bench.seen[0].test[:3])
+    assert np.isfinite([score.log_prob for score in scores]).all()
+
+
+def test_a_layer_that_nothing_reads_is_refused(bench):
+    with pytest.raises(RecipeError, match="features text have no layer"):
+        fit(bench, "route_prompt", features="text", layer=1)
 
 
 def test_the_mediator_gives_what_it_does_not_know_to_all_alike(bench):

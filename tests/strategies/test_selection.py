@@ -23,6 +23,7 @@ from mediator_cli.strategies.selection import curve as curves
 from mediator_cli.strategies.selection import represent
 from mediator_cli.strategies.selection.curve import curve
 from mediator_cli.strategies.selection.gram import cosines, gram, leading
+from mediator_cli.strategies.selection.groups import KINDS
 from mediator_cli.strategies.selection.represent import medoid
 from mediator_cli.strategies.selection.select import SELECTORS, Selection, _name, select
 from mediator_cli.strategies.strategy import ByTask, Fitted, Fixed
@@ -265,9 +266,8 @@ def test_the_curve_is_what_the_run_time_gives_and_asks_each_expert_once(
     points = list(curve(fresh, ("mbc", "random"), (2, 4)))
     # Validation and test rows of four tasks, and test rows of the held-out one.
     assert len(swept) <= 2 * len(bench.tasks)
-    assert [(p.selector, p.k, p.kind) for p in points[:4]] == [
-        ("mbc", 1, "ensemble"), ("mbc", 1, "merge"), ("mbc", 1, "route"), ("mbc", 2, "ensemble"),
-    ]  # fmt: skip
+    order = [(name, k, kind) for name in ("mbc", "random") for k in (2, 4) for kind in KINDS]
+    assert [(point.selector, point.k, point.kind) for point in points] == order
     assert all(set(point.by_task) == {task.name for task in bench.tasks} for point in points)
     all_four = {(p.kind, round(p.valid_loss, 3)) for p in points if p.k == 4}
     assert len(all_four) == 3, "all selections of all experts are the same"

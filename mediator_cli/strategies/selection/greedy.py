@@ -59,7 +59,8 @@ def _choose(bench: Bench, k: int, kind: Kind, most_rows: int, *, again: bool) ->
         path.names.append(left[best])
         path.losses.append(losses[best])
         path.tries += len(left)
-    return Picked(tuple(path.names[:k]), {"losses": path.losses[:k], "kind": kind})
+    facts = {"losses": path.losses[:k], "kind": kind, **({"rows_by_task": most_rows} if kind == "merge" else {})}
+    return Picked(tuple(path.names[:k]), facts)
 
 
 def _losses(bench: Bench, chosen: list[str], left: list[str], kind: Kind, most_rows: int) -> list[float]:
