@@ -7,6 +7,7 @@ Needs 2 GB of disk in --work for 64 adapters of the 135M model, and 2 GB of memo
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -27,6 +28,14 @@ from mediator_cli.runtime.mixing import Wanted
 from mediator_cli.runtime.open import load_dense, open_bundle
 
 ROWS, PROMPT, NEW_TOKENS, REPEATS = 8, 64, 16, 2
+MERGE = """
+import atexit, re
+from pathlib import Path
+from mediator_cli.cli.app import main
+atexit.register(lambda: print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+main()
+"""
+"""Prints the most memory that it held, in KiB: what the system counts of a child begins with the parent's."""
 MOVED = 0.01
 """By what share of its size each number of a factor is moved, times a standard normal draw."""
 
@@ -78,14 +87,13 @@ def merge(base: Path, folder: Path) -> dict[str, float]:
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = ["from mediator_cli.cli.app import main", "main()"]
-    words = ["merge", "recipe.yaml", "--workers", "1", "--quiet"]
-    subprocess.run([sys.executable, "-c", "; ".join(command), *words], check=True, cwd=folder)
+    command = [sys.executable, "-c", MERGE, "merge", "recipe.yaml", "--workers", "1", "--quiet"]
+    done = subprocess.run(command, check=True, cwd=folder, stdout=subprocess.PIPE, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     adapters = sum(file.stat().st_size for file in (folder / "adapters").rglob("*.safetensors"))
     return {
         "seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak_mb": after.ru_maxrss / 1e3,
+        "peak_mb": int(done.stdout) * 1024 / 1e6,
         "adapters_mb": adapters / 1e6,
         "experts_mb": sum(file.stat().st_size for file in (folder / "bundle/experts").iterdir()) / 1e6,
         "dense_mb": sum(file.stat().st_size for file in (folder / "bundle").glob("model*.safetensors")) / 1e6,
@@ -138,7 +146,8 @@ def _seconds(model: PreTrainedModel, ids: torch.Tensor, n_tokens: int) -> float:
 
 def resident_mb() -> float:
     """Tell the most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
 
 
 if __name__ == "__main__":

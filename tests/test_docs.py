@@ -24,6 +24,7 @@ from mediator_cli.recipe.compare import load_compare
 from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe, load_heterogeneous
 from mediator_cli.recipe.router import POLICY_FIELDS
 
+TALES = ("and", "the", "is", "a", "of")
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
@@ -225,6 +226,30 @@ def test_every_test_that_the_page_of_checkpoints_names_exists():
 
 def test_there_are_recipes():
     assert len(RECIPES) >= 3
+
+
+def test_the_readme_commands_compare_a_library_of_adapters(readme_folder, monkeypatch, capsys):
+    recipe = blocks(section("README.md", "A library of adapters"), "yaml")[0]
+    (readme_folder / "compare.yaml").write_text(recipe.replace("train: 200, valid: 20, test: 20", "test: 2"))
+    write_adapter(readme_folder / "tales-lora", 4)
+    write_prompts(readme_folder / "tales.train.jsonl", task_prompts(TALES))
+    data = readme_folder / "data"
+    data.mkdir()
+    for name, words in (("maths", SUMS), ("sarcasm", FILMS), ("unseen", TALES)):
+        rows = [{"prompt": prompt, "answer": words[0]} for prompt in task_prompts(words)]
+        for split in ("train", "valid", "test"):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (data / f"{name}.{split}.jsonl").write_text(lines)
+    lines = commands("A library of adapters")
+    assert [line.split()[1] for line in lines] == ["compare", "compare", "generate", "add-expert", "remove-expert"]
+    for line in lines:
+        run(line, monkeypatch)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("merge_uniform", "route_arrow", "held out"))
+    assert (readme_folder / "compared.html").is_file()
+    manifest = json.loads((readme_folder / "library" / "routing_manifest.json").read_text())
+    assert [expert["name"] for expert in manifest["experts"]] == ["maths", "sarcasm"]
+    assert [change["change"] for change in manifest["history"]] == ["added", "removed"]
 
 
 def test_generated_pages_and_schemas_are_up_to_date():

@@ -278,7 +278,7 @@ def recipe(shop: Workshop, *names: str, **fields: Any) -> Path:
     return shop.recipe(**{"experts": experts, **FACTORS, **fields})
 
 
-SHARDS = {"output": {"shard_size": "5000B"}}
+SHARDS = {"output": {"shard_size": "3000B"}}
 """Several shards, of several batches each."""
 MERGE = ("merge", "recipe.yaml", "-o", "out")
 

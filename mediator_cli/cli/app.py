@@ -187,6 +187,9 @@ def _tell_kept(how: str, error: BaseException) -> bool:
     """Say what is finished of a merge that ended early, and how to go on, if something is."""
     notes = [note for cause in _causes(error) for note in getattr(cause, "__notes__", ())]
     kept = [note.removeprefix("kept: ") for note in notes if note.startswith("kept: ")]
+    if going := [note.removeprefix("goes on: ") for note in notes if note.startswith("goes on: ")]:
+        typer.echo(f"{how}; {going[0]}, the same command goes on", err=True)
+        return True
     if not kept:
         return False
     words = [word for word in sys.argv[1:] if word != "--resume"]

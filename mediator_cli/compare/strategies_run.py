@@ -107,6 +107,10 @@ def hold_contest(contest: Contest) -> Iterator[Outcome]:
             except MediatorError as error:
                 yield Outcome(entry, None, error.problems)
                 continue
+            except BaseException as error:
+                # What the command line tells of a run that ends early.
+                error.add_note(f"goes on: results of {at - 1} of {len(contest.entries)} strategies are kept")
+                raise
             save_answered(file, known)
         contest.progress("strategies", at, len(contest.entries))
         yield Outcome(entry, known)

@@ -157,7 +157,7 @@ def _write_router(fitted: Fitted, folder: Path) -> RouterRecord | None:
     policy = decision.record.policy.model_copy(update={"combine": fitted.combine})
     file = None
     if decision.classifier is not None and decision.outside_model is not None:
-        write_router(folder / ROUTER, router_arrays(decision.classifier, decision.outside_model))
+        write_router(folder / ROUTER, router_arrays(decision.classifier, decision.outside_model, decision.sums))
         file = _file_record(folder, folder / ROUTER)
     return decision.record.model_copy(update={"policy": policy, "file": file})
 

@@ -266,6 +266,7 @@ def _open_writers(
                 stored |= work.journal.steps[step(batch)]["stored"].get(expert, {})
             specs = {name: SparseTensor.model_validate(facts["spec"]) for name, facts in stored.items()}
             n_index = {name: int(facts["n_index"]) for name, facts in stored.items()}
+            dtypes |= {name: str(facts["dtype"]) for name, facts in stored.items() if "dtype" in facts}
             writer = resume_sparse_file(file, expert, names, specs, dtypes, n_index)
         else:
             file.unlink(missing_ok=True)

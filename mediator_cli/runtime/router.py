@@ -64,12 +64,14 @@ class Routing:
 class Router:
     """Reads prompt features and decides on mixtures; its record says which features and which policy.
 
-    Without classifier the probabilities are made of what the experts say themselves.
+    Without classifier the probabilities are made of what the experts say themselves. `sums` are those that a ridge
+    classifier was solved from, where they are at hand: a bundle read to answer leaves them on disk.
     """
 
     record: RouterRecord
     classifier: Classifier | None
     outside_model: OutsideModel | None
+    sums: RidgeSums | None = None
 
     def route(self, features: NDArray[np.floating]) -> Routing:
         """Decide the mixture of each row of features [rows, features], or of what experts said [rows, experts + 1].
@@ -214,7 +216,17 @@ def make_router(record: RouterRecord, arrays: Mapping[str, NDArray[np.generic]])
         if part in parts:
             parts[part][field] = array.astype(np.float64)
     classifier = Classifier(**parts["classifier"], unit=record.classifier == "prototype")
-    return Router(record, classifier, OutsideModel(**parts["outside"]))
+    return Router(record, classifier, OutsideModel(**parts["outside"]), _sums_of(arrays, record.size))
+
+
+def _sums_of(arrays: Mapping[str, NDArray[np.generic]], size: int) -> RidgeSums | None:
+    """Unpack the sums of a ridge classifier, whose gram [size, size] is stored as its upper triangle."""
+    if "ridge.gram" not in arrays:
+        return None
+    upper = np.zeros((size, size))
+    upper[np.triu_indices(size)] = arrays["ridge.gram"]
+    counts, sums = (arrays[f"ridge.{name}"].astype(np.float64) for name in ("counts", "sums"))
+    return RidgeSums(upper + np.triu(upper, 1).T, sums, counts)
 
 
 def read_ridge_sums(folder: Path, manifest: Manifest) -> RidgeSums | None:
@@ -231,10 +243,7 @@ def read_ridge_sums(folder: Path, manifest: Manifest) -> RidgeSums | None:
     arrays = {name: _read(info) for name, info in places.items() if name.startswith("ridge.")}
     for name, array in arrays.items():
         _check_values(places[name], array)
-    upper = np.zeros((manifest.router.size, manifest.router.size))
-    upper[np.triu_indices(len(upper))] = arrays["ridge.gram"]
-    gram = upper + np.triu(upper, 1).T
-    return RidgeSums(gram, arrays["ridge.sums"], arrays["ridge.counts"])
+    return _sums_of(arrays, manifest.router.size)
 
 
 def _checked_places(folder: Path, record: RouterRecord, stored: FileRecord) -> dict[str, TensorInfo]:

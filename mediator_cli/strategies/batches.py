@@ -30,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples padded at the left: ids, mask and `is_prompt` [rows, width], targets [rows, n_kept] with -100 for none."""
+    """Examples padded at the left: ids, mask, `is_prompt` [rows, width]; targets [rows, n_kept], with -100 for none."""
 
     ids: torch.Tensor
     mask: torch.Tensor

@@ -117,7 +117,7 @@ class Bench:
             return score_rows(model, self.tokenizer, list(rows), settings, advance)
 
     def loss(self, fitted: Fitted, rows: Mapping[str, Sequence[Row]] | None = None) -> float:
-        """Mean over tasks of the mean -ln p of a row's answer, in nats; of the validation rows unless others are given."""
+        """Mean over tasks of the mean -ln p of a row's answer, in nats; of validation rows unless others are given."""
         chosen = rows or {task.name: task.valid for task in self.seen if task.valid}
         means = []
         for task in self.tasks:

@@ -9,15 +9,17 @@ from conftest import all_files
 from tiny_contest import write_contest, write_recipe
 
 from mediator_cli.cli.scatter import Axis, linear_axis, log_axis, on_front, place_labels
-from mediator_cli.compare import strategies_run
+from mediator_cli.compare import costs, strategies_run
 from mediator_cli.errors import CheckpointError, Problem
 
 STRATEGIES = ["base", "ensemble_uniform", "merge_uniform"]
 
 
 @pytest.fixture
-def contest(workshop, tmp_path):
-    """A tiny contest in the folder that commands run in."""
+def contest(workshop, tmp_path, monkeypatch):
+    """A tiny contest in the folder that commands run in; looking for garbage takes long here."""
+    monkeypatch.setattr(costs, "resident_bytes", lambda: None)
+    monkeypatch.setattr(costs, "_TURNS", 1)
     for file in ("base", "a", "b", "lora"):
         (tmp_path / file).rename(tmp_path / f"other-{file}")
     write_contest(tmp_path, n_experts=2, n_rows=3, strategies=STRATEGIES)
@@ -114,6 +116,20 @@ def test_a_named_strategy_without_a_result_ends_with_its_reason_after_the_table(
     assert run.code == 2
     assert "\n base " in run.out
     assert re.search(r"recipe.yaml:\d+ strategies\[1\]: merge_uniform: alpha: has too few rows", run.err), run.err
+
+
+def test_an_interrupted_run_says_what_is_kept(mediator, contest, monkeypatch):
+    def interrupt(strategy, bench, parameters):
+        if strategy.name == "merge_uniform":
+            raise KeyboardInterrupt
+        return real(strategy, bench, parameters)
+
+    real = strategies_run.run
+    monkeypatch.setattr(strategies_run, "run", interrupt)
+    write_recipe(contest, strategies=["base", "merge_uniform"])
+    run = mediator("compare", "recipe.yaml")
+    assert run.code == 130
+    assert "interrupted; results of 1 of 2 strategies are kept, the same command goes on" in run.err
 
 
 def test_other_commands_send_such_a_recipe_here(mediator, contest):

@@ -12,6 +12,7 @@ from mediator_cli.bundle.gates_record import GateRule
 from mediator_cli.bundle.manifest import read_manifest
 from mediator_cli.bundle.verify import verify_bundle
 from mediator_cli.checkpoint.hub.find import Access
+from mediator_cli.compare import costs
 from mediator_cli.compare.contest import Answered, Cost, load_answered, save_answered
 from mediator_cli.compare.contest_job import prepare_contest, report_contest
 from mediator_cli.compare.costs import cost_of
@@ -96,6 +97,15 @@ def broken(bench):
 
 
 ALL = (plain, told, folded_half, weighed, voted, gated, gated_by_sequence, broken)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Look for garbage and repeat measurements where that is the point alone: both take long here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "resident_bytes", lambda: None)
+        patch.setattr(costs, "_TURNS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +323,8 @@ def test_results_come_back_from_disk_as_they_were(tmp_path):
         load_answered(tmp_path / "x.json")
 
 
-def test_costs_are_measured_on_the_same_rows_of_all_tasks(contest, outcomes):
+def test_costs_are_measured_on_the_same_rows_of_all_tasks(contest, outcomes, monkeypatch):
+    monkeypatch.setattr(costs, "_TURNS", 2)
     asked = []
     bench = contest.bench
     task_rows = bench.score
