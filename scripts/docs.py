@@ -122,7 +122,10 @@ def heterogeneous_fields_block() -> str:
 def compare_fields_block() -> str:
     """List every field of a recipe of kind compare."""
     schema = compare_schema()
-    return table(("field", "default", "meaning"), list(_fields(schema, schema, "")))
+    rows = list(_fields(schema, schema, ""))
+    after = next(at for at, row in enumerate(rows) if row[0] == "`tasks`") + 1
+    rows[after:after] = _fields(schema, schema["$defs"]["CompareTask"], "tasks.NAME.")
+    return table(("field", "default", "meaning"), rows)
 
 
 def strategies_block() -> str:

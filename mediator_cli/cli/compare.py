@@ -84,7 +84,7 @@ def compare(
         report = report_contest(contest, loaded, notices)
         written = write_wanted(contest, loaded, report, wanted)
     write_report(report, loaded, markdown, plot)
-    show_report(report, as_json=as_json)
+    show_report(report, written, as_json=as_json)
     if not (as_json or quiet):
         show_written(written, [file for file in (markdown, plot) if file])
     refuse_failed(report, loaded)

@@ -84,13 +84,13 @@ def write_report(report: ContestReport, loaded: LoadedCompare, markdown: Path | 
         draw_contest(plot, report)
 
 
-def show_report(report: ContestReport, *, as_json: bool) -> None:
-    """Print a report as tables with notes, or as JSON."""
+def show_report(report: ContestReport, written: Mapping[str, Path], *, as_json: bool) -> None:
+    """Print a report as tables with notes, or as JSON with the folders of bundles that were written."""
     from mediator_cli.compare.contest_report import as_json as json_of
     from mediator_cli.compare.contest_table import cells, notes, selection_cells
 
     if as_json:
-        print_json(json_of(report))
+        print_json(json_of(report) | {"written": {name: str(folder) for name, folder in written.items()}})
         return
     print_table(*cells(report))
     if report.selection:

@@ -51,8 +51,8 @@ def notes(report: ContestReport) -> Iterator[str]:
     """Say in sentences what the numbers are, and answer the questions."""
     own = report.conditions
     yield (
-        f"Per cent of test rows answered exactly, mean over {len(own.seen)} seen tasks ({_counts(own.seen)})"
-        + (f" and {len(own.held_out)} held-out tasks ({_counts(own.held_out)})" if own.held_out else "")
+        f"Per cent of test rows answered exactly, mean over {_tasks(own.seen, 'seen')} ({_counts(own.seen)})"
+        + (f" and {_tasks(own.held_out, 'held-out')} ({_counts(own.held_out)})" if own.held_out else "")
         + ", ± standard error; -ln p of an answer on seen tasks."
     )
     yield (
@@ -68,6 +68,10 @@ def notes(report: ContestReport) -> Iterator[str]:
         yield f"Best on validation rows, which is what --write-best writes: {report.winner}."
     for name, reason in report.failed:
         yield f"{name} has no result: {reason}"
+
+
+def _tasks(sizes: Mapping[str, int], kind: str) -> str:
+    return f"{len(sizes)} {kind} task{'s' if len(sizes) > 1 else ''}"
 
 
 def _counts(sizes: Mapping[str, int]) -> str:

@@ -61,9 +61,9 @@ class CompareTask(Strict):
 class RowLimits(Strict):
     """At most so many rows of each file, the first ones."""
 
-    train: Annotated[int, Field(ge=1)] = 200
-    valid: Annotated[int, Field(ge=1)] = 40
-    test: Annotated[int, Field(ge=1)] = 100
+    train: Annotated[int, Field(ge=1, description="Of each task, to train on.")] = 200
+    valid: Annotated[int, Field(ge=1, description="Of each task, to fit on.")] = 40
+    test: Annotated[int, Field(ge=1, description="Of each task, to answer.")] = 100
 
 
 class StrategySpec(Strict):
