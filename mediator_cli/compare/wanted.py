@@ -45,6 +45,9 @@ def check_wanted(contest: Contest, wanted: Wanted) -> None:
         raise OutputError(Problem("--write", message, did_you_mean(wanted.named[0], names)))
     if len({folder.absolute() for folder in folders}) < len(folders):
         raise OutputError(Problem("--write", "names the folder of --write-best", "choose another"))
+    if wanted.best and not all(task.valid or task.is_held_out for task in contest.tasks):
+        message = "the best is chosen on validation rows, and not all seen tasks have some"
+        raise OutputError(Problem("--write-best", message, "give tasks `valid` rows, or --write STRATEGY DIR"))
     for folder in folders:
         check_output(folder.absolute(), wanted.mode)
     contest.wanted = frozenset([wanted.named[0]] if wanted.named else [])

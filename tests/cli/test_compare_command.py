@@ -86,6 +86,11 @@ def test_gates_are_shown_where_they_choose(mediator, contest, monkeypatch):
     [
         (("--write", "merge_best", "x"), "--write", "'merge_best' takes no part"),
         (("--write-best", "base"), "/base", "exists"),
+        (
+            ("--write-best", "x", "--set", "tasks={alpha: {test: data/alpha.test.jsonl}}"),
+            "--write-best",
+            "the best is chosen on validation rows",
+        ),
         (("--write-best", "x", "--write", "base", "x"), "--write", "names the folder of --write-best"),
         (("--plot", "x.docx"), "x.docx", "is not a picture format"),
         (("--set", "strategies=[bass]"), "strategies", "no strategy 'bass'"),
