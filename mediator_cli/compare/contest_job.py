@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from mediator_cli.compare.contest_report import Conditions, report_of
 from mediator_cli.compare.costs import timed_rows
@@ -77,8 +78,8 @@ def prepare_contest(
 def report_contest(contest: Contest, loaded: LoadedCompare, notices: tuple[str, ...] = ()) -> ContestReport:
     """Let all strategies answer, then all selections that the recipe asks for, and sum up."""
     outcomes, spec = list(hold_contest(contest)), loaded.recipe.selection
-    kept = list(run_selections(contest, spec, sizes_of(loaded))) if spec is not None else []
-    return report_of(outcomes, contest.tasks, conditions_of(contest), notices, kept)
+    selected = list(run_selections(contest, spec, sizes_of(loaded))) if spec is not None else []
+    return report_of(outcomes, contest.tasks, conditions_of(contest), notices, selected)
 
 
 def conditions_of(contest: Contest) -> Conditions:
@@ -90,7 +91,7 @@ def conditions_of(contest: Contest) -> Conditions:
         experts=tuple(contest.sources.factors),
         seen={task.name: len(task.test) for task in contest.tasks if not task.is_held_out},
         held_out={task.name: len(task.test) for task in contest.tasks if task.is_held_out},
-        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
         timed_rows=sum(len(rows) for rows in timed_rows(contest.tasks).values()),
         base_bytes=sum(info.n_bytes for info in plan.base.tensors.values()),
         seed=contest.seed,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.compare.conclusions import best_of, conclude
 from mediator_cli.compare.paired import difference_of, mean_of
-from mediator_cli.compare.result import Result, winner_of
+from mediator_cli.compare.result import Kept, NotKept, Result, winner_of
 from mediator_cli.evaluate.report import task_result
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from mediator_cli.compare.conclusions import Conclusion
     from mediator_cli.compare.contest import Scores
-    from mediator_cli.compare.selection_run import Kept
     from mediator_cli.compare.strategies_run import Outcome
     from mediator_cli.errors import Problem
     from mediator_cli.evaluate.report import Difference
@@ -31,7 +30,7 @@ class Conditions:
     experts: tuple[str, ...]
     seen: Mapping[str, int]
     held_out: Mapping[str, int]
-    cores: int
+    threads: int
     timed_rows: int
     base_bytes: int
     seed: int
@@ -60,7 +59,7 @@ def report_of(
     tasks: Sequence[TaskRows],
     conditions: Conditions,
     notes: Sequence[str] = (),
-    selection: Sequence[Kept] = (),
+    selected: Sequence[Kept | NotKept] = (),
 ) -> ContestReport:
     """Sum up what strategies did."""
     seen = [task.name for task in tasks if not task.is_held_out]
@@ -77,8 +76,11 @@ def report_of(
         conclusions=tuple(conclude(results, scores, seen, held_out, conditions.seed)),
         conditions=conditions,
         notes=tuple(notes),
-        failed=tuple((o.entry.label, _told(o.problems)) for o in outcomes if o.answered is None),
-        selection=tuple(selection),
+        failed=(
+            *((outcome.entry.label, _told(outcome.problems)) for outcome in outcomes if outcome.answered is None),
+            *((each.shown, _told(each.problems)) for each in selected if isinstance(each, NotKept)),
+        ),
+        selection=tuple(each for each in selected if isinstance(each, Kept)),
     )
 
 

@@ -58,7 +58,7 @@ def notes(report: ContestReport) -> Iterator[str]:
     yield (
         f"passes: products with the base's weights for each token, low-rank factors by their share. MB: held beside "
         f"the base ({own.base_bytes / 1e6:.0f} MB), in float32. ms and memory (growth at the peak, MB): measured on "
-        f"the same {own.timed_rows} rows, scored in batches, {own.cores} cores."
+        f"the same {own.timed_rows} rows, scored in batches, {own.threads} thread{'s' * (own.threads > 1)}."
     )
     if report.best is not None:
         yield f"{BEST} best on seen tasks ({report.best}); {LEVEL} not told apart from it (paired bootstrap, 95 %)."

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from mediator_cli.compare.contest import Cost
     from mediator_cli.compare.paired import Mean
+    from mediator_cli.errors import Problem
     from mediator_cli.evaluate.report import Difference, TaskResult
 
 
@@ -45,6 +46,29 @@ class Result:
     def is_reference(self) -> bool:
         """Whether it is there to compare with."""
         return self.group == "reference"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """k experts of one selection, used in one way: which they are, and how well they answer test rows."""
+
+    selector: str
+    representative: str | None
+    kind: str
+    k: int
+    experts: tuple[str, ...]
+    seen: Mean | None
+    held_out: Mean | None
+    valid_loss: float | None
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class NotKept:
+    """A selection that has no result, and why."""
+
+    shown: str
+    problems: tuple[Problem, ...]
 
 
 def winner_of(results: Sequence[Result]) -> str | None:

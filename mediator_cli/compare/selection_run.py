@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from mediator_cli.compare.paired import Mean, mean_of
+from mediator_cli.compare.result import Kept, NotKept
 from mediator_cli.compare.store import save
 from mediator_cli.compare.strategies_run import FORMAT, rows_digest
-from mediator_cli.errors import CheckpointError, Problem, RecipeError
+from mediator_cli.errors import CheckpointError, MediatorError, Problem, RecipeError
 from mediator_cli.strategies.selection.curve import curve
 
 if TYPE_CHECKING:
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
     from mediator_cli.strategies.selection.curve import Point
 
 CLUSTERING = ("mbc", "outputs")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """k experts of one selection, used in one way: which they are, and how well they answer test rows."""
-
-    selector: str
-    representative: str | None
-    kind: str
-    k: int
-    experts: tuple[str, ...]
-    seen: Mean | None
-    held_out: Mean | None
-    valid_loss: float | None
-    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -80,8 +66,8 @@ def asks_of(spec: SelectionSpec, sizes: Sequence[int]) -> list[Ask]:
     ]
 
 
-def run_selections(contest: Contest, spec: SelectionSpec, sizes: Sequence[int]) -> Iterator[Kept]:
-    """Score all selections one by one; what an earlier run found is taken from disk."""
+def run_selections(contest: Contest, spec: SelectionSpec, sizes: Sequence[int]) -> Iterator[Kept | NotKept]:
+    """Score all selections one by one; what an earlier run found is taken from disk, what cannot be done is told."""
     asks = asks_of(spec, sizes)
     for at, ask in enumerate(asks, 1):
         file = _file_of(contest, spec, ask)
@@ -89,10 +75,18 @@ def run_selections(contest: Contest, spec: SelectionSpec, sizes: Sequence[int]) 
             yield from _load(file)
         else:
             contest.say(f"selection {at} of {len(asks)}: {ask.shown}")
-            found = [_kept(contest, ask, point) for point in _points(contest, spec, ask)]
-            save(file, [asdict(each) for each in found])
-            yield from found
+            yield from _run(contest, spec, ask, file)
         contest.progress("selections", at, len(asks))
+
+
+def _run(contest: Contest, spec: SelectionSpec, ask: Ask, file: Path) -> Iterator[Kept | NotKept]:
+    try:
+        found = [_kept(contest, ask, point) for point in _points(contest, spec, ask)]
+    except MediatorError as error:
+        yield NotKept(ask.shown, error.problems)
+        return
+    save(file, [asdict(each) for each in found])
+    yield from found
 
 
 def _points(contest: Contest, spec: SelectionSpec, ask: Ask) -> Iterator[Point]:

@@ -129,6 +129,9 @@ def refit_router(folder: Path, files: Mapping[str, Path], spec: RouterSpec) -> t
     are none, or when the bundle routes nothing.
     """
     old = read_manifest(folder)
+    if old.gates is not None:
+        message = f"its experts are chosen by gates ({old.gates.method}), which a router would have no say in"
+        raise BundleError(Problem(str(folder), message, "write a bundle of another strategy: mediator compare --write"))
     sources = _with_prompts(folder, old, files)
     _check_policy(spec, [source.name for source in sources])
     is_needless = spec.classifier == "none" and any(source.prompts is None for source in sources)

@@ -9,7 +9,7 @@ from mediator_cli.compare.contest import Answered, Cost
 from mediator_cli.compare.contest_report import Conditions, as_json, report_of
 from mediator_cli.compare.contest_table import cells, markdown, notes, selection_cells
 from mediator_cli.compare.paired import Mean, difference_of, mean_of
-from mediator_cli.compare.selection_run import Kept
+from mediator_cli.compare.result import Kept, NotKept
 from mediator_cli.compare.strategies_run import Outcome
 from mediator_cli.errors import Problem
 from mediator_cli.evaluate.score import RowScore
@@ -56,6 +56,7 @@ def report():
         Kept("mbc", "medoid", "merge", 1, ("x",), Mean(0.5, 0.1, 1.0, 2), None, 1.0, 3),
         Kept("mbc", "medoid", "merge", 2, ("x", "y"), Mean(0.625, 0.125, 1.0, 2), None, 1.0, 6),
         Kept("random", None, "route", 2, ("x", "y"), Mean(0.25, None, 1.0, 2), None, 1.0, 6),
+        NotKept("greedy, 2 kept", (Problem("prompts", "x has 3 usable prompts"),)),
     )
     return report_of(OUTCOMES, TASKS, CONDITIONS, ("a notice",), kept)
 
@@ -171,4 +172,5 @@ def test_markdown_and_json_hold_the_same(report):
     assert data["results"][3]["seen"]["accuracy"] == 0.8
     assert data["results"][6]["is_level_with_best"] is True
     assert data["selection"][1]["experts"] == ("x", "y")
-    assert data["failed"] == (("merge_lost", "rows: are too few"),)
+    no_routes = ("greedy, 2 kept", "prompts: x has 3 usable prompts")
+    assert data["failed"] == (("merge_lost", "rows: are too few"), no_routes)
