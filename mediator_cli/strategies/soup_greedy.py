@@ -23,9 +23,10 @@ Most = Annotated[int, Field(ge=1, description="How many experts are chosen at mo
 def soup_greedy(bench: Bench, *, most: Most = 8, tuning_rows: TuningRows = 4) -> Fitted:
     """Add the expert whose mean with those chosen so far has the least validation loss, as long as it falls.
 
-    W + Σ cₜ bₜaₜ / Σ cₜ, where cₜ counts how often an expert was chosen. It starts with the base, so that no expert is
-    chosen where each by itself does harm. Each choice tries all experts, each in a pass over the rows. Of equal ones
-    the first is taken. The soups of fine-tuned models choose each once, in the order of their own losses.
+    W + Σ cₜ bₜaₜ / Σ cₜ, where cₜ counts how often an expert was chosen. It starts with the best single expert, even
+    where the base has less loss: of many tasks each expert alone may do harm, and a few of them together none. Each
+    choice tries all experts, each in a pass over the rows. Of equal ones the first is taken. The soups of fine-tuned
+    models choose each once, in the order of their own losses.
     """
     started, names = perf_counter(), names_of(bench)
     rows = rows_to_fit(bench, tuning_rows)
@@ -36,7 +37,7 @@ def soup_greedy(bench: Bench, *, most: Most = 8, tuning_rows: TuningRows = 4) ->
         n_tries += len(tried)
         best = min(tried, key=lambda name: tried[name])
         bench.progress("add experts", len(chosen) + 1, most)
-        if tried[best] >= losses[-1]:
+        if chosen and tried[best] >= losses[-1]:
             break
         chosen.append(best)
         losses.append(tried[best])
