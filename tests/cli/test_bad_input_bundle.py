@@ -109,7 +109,7 @@ def test_a_bundle_of_an_older_mediator_is_told_as_such(bundle, refused, command)
 @pytest.mark.parametrize(
     ("change", "field", "message"),
     [
-        (lambda data: data.update(schema_version=5), "schema_version", "input should be 2, 3 or 4"),
+        (lambda data: data.update(schema_version=6), "schema_version", "input should be 2, 3, 4 or 5"),
         (lambda data: data.update(extra=2), "extra", "extra inputs are not permitted"),
         (lambda data: data.pop("digest"), "digest", "field required"),
         (

@@ -211,8 +211,8 @@ def test_every_reference_in_a_schema_leads_somewhere(mediator):
 def test_the_other_schemas_name_what_a_bundle_holds(workshop, mediator, kind, file):
     written = json.loads((workshop.merge("out") / file).read_text())
     schema = json.loads(mediator("schema", kind).out)
-    # What experts share is told only where they are not stored sparsely, and an MoE by itself: versions 3 and 4.
-    assert set(schema["properties"]) - {"shared", "moe"} == set(written)
+    # What experts share, MoEs, gates and changes since the merge are told only where there are some: versions 3 to 5.
+    assert set(schema["properties"]) - {"shared", "moe", "gates", "history"} == set(written)
     version = schema["properties"]["schema_version"]
     assert version.get("enum", [version.get("const")])[0] == written["schema_version"] == 2
 
