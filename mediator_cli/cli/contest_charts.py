@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mediator_cli.compare.contest_report import ContestReport
-    from mediator_cli.compare.result import Result
-    from mediator_cli.compare.selection_run import Kept
+    from mediator_cli.compare.result import Kept, Result
 
 COLOURS = {
     "reference": ("#6b6660", "#b1aba3"),
