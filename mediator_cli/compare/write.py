@@ -27,7 +27,7 @@ from mediator_cli.pipeline.record import SparseFiles
 from mediator_cli.pipeline.side_files import write_side_files
 from mediator_cli.runtime.gates import Gates
 from mediator_cli.runtime.gates_file import write_gates
-from mediator_cli.runtime.held import folded
+from mediator_cli.runtime.held import folded, mixed_matrices
 from mediator_cli.runtime.router import Router, router_arrays, write_router
 from mediator_cli.strategies.strategy import ByTask, Fixed
 
@@ -103,10 +103,7 @@ def _write_dense(contest: Contest, fitted: Fitted, folder: Path) -> None:
     model = contest.bench.model
     names = dict.fromkeys(name for change in fitted.folded for name in change)
     with folded(model, fitted.folded):
-        parameters = {
-            mixer.name: module.get_parameter("weight")
-            for module, mixer in zip(model.opened.modules, model.opened.mixers, strict=True)
-        }
+        parameters = mixed_matrices(model)
         # What the model holds is what answered, rounded as it is in memory.
         retouch(folder, folder, {name: parameters[name].detach().float().cpu().numpy() for name in names})
 

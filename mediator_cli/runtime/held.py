@@ -96,14 +96,17 @@ def give_router(model: RoutedModel, router: Router | None) -> None:
     model.opened = replace(model.opened, router=router)
 
 
+def mixed_matrices(model: RoutedModel) -> dict[str, torch.nn.Parameter]:
+    """Give the parameters of the matrices that mix, by tensor name."""
+    modules = zip(model.opened.modules, model.opened.mixers, strict=True)
+    return {mixer.name: module.get_parameter("weight") for module, mixer in modules}
+
+
 @contextmanager
 def folded(model: RoutedModel, changes: Iterable[Mapping[str, FactorDelta]]) -> Iterator[None]:
     """Add changes to the dense model inside the block, each tensor rounded once, as a bundle written of it would be."""
     every = list(changes)
-    parameters = {
-        mixer.name: module.get_parameter("weight")
-        for module, mixer in zip(model.opened.modules, model.opened.mixers, strict=True)
-    }
+    parameters = mixed_matrices(model)
     before: dict[str, torch.Tensor] = {}
     try:
         for name in dict.fromkeys(name for change in every for name in change):

@@ -20,6 +20,7 @@ from mediator_cli.engine.batches import cut_shards
 from mediator_cli.engine.extract.batch import Common, extract_batch
 from mediator_cli.engine.extract.choose import common_limits
 from mediator_cli.engine.extract.encode import Kept
+from mediator_cli.engine.extract.factors import energy_of
 from mediator_cli.engine.extract.item import Dense, Extraction, Item
 from mediator_cli.engine.pool import run_all
 from mediator_cli.engine.streams import open_streams, pieces
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from mediator_cli.engine.batches import Shard
     from mediator_cli.engine.extract.choose import Limit
     from mediator_cli.engine.streams import Piece, Streams
-    from mediator_cli.kernels.factors import Factors
     from mediator_cli.pipeline.settings import Settings
     from mediator_cli.plan.model import Plan, TensorPlan
 
@@ -206,7 +206,7 @@ def _copy_factors(change: Exchange, manifest: Manifest, plan: Plan) -> tuple[Spa
         raise BundleError(Problem("--model", message, "merge again with it: mediator merge RECIPE"))
     file = sparse_file_name(expert.name, 1, 1)
     write_factors(change.place(file), expert.name, own)
-    whole = {name: _energy(factors) for name, factors in found.items()}
+    whole = {name: energy_of(factors) for name, factors in found.items()}
     kept = {name: Kept(factors.shape[0] * factors.shape[1], 0, whole[name], 0.0) for name, factors in own.items()}
     record = sparse_record(plan.tensors, kept, expert.name, _described(change, {"": file}))
     lost = [name for name in found if name not in own]
@@ -227,12 +227,6 @@ def _open_to_factors(manifest: Manifest, plan: Plan, wanted: set[str]) -> set[st
     tensors = check_routing(plan).tensors
     routed = {t.name for t in tensors if t.mixable and (is_base or manifest.assignment.get(t.unit) == "route")}
     return wanted & (known | routed)
-
-
-def _energy(factors: Factors) -> float:
-    """Square the norm of scaling · b · a without making it: the sum over (bᵀb) ∘ (a aᵀ)."""
-    a, b = factors.a.astype(np.float64), factors.b.astype(np.float64)
-    return float(factors.scaling**2 * ((b.T @ b) * (a @ a.T)).sum())
 
 
 def _described(change: Exchange, files: Mapping[str, str]) -> SparseFiles:
