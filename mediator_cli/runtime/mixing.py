@@ -28,6 +28,8 @@ DENSE = "dense"
 PASS_TOKENS = 20
 """What a pass of products costs beside its tokens, in tokens; measured by scripts/bench_runtime.py."""
 
+_MOST_WAITING = 1024
+
 
 @dataclass
 class Scratch:
@@ -122,7 +124,10 @@ class MixtureCache:
             return self.entries[mixture]
         if not self.fits(mixture):
             return None
-        self.waited[mixture] = self.waited.get(mixture, 0) + PASS_TOKENS + n_tokens
+        # Those asked for last stand last; a mixture of its own for every prompt must not be remembered for ever.
+        self.waited[mixture] = self.waited.pop(mixture, 0) + PASS_TOKENS + n_tokens
+        if len(self.waited) > _MOST_WAITING:
+            del self.waited[next(iter(self.waited))]
         if self.waited[mixture] < switch:
             return None
         del self.waited[mixture]

@@ -1,0 +1,1 @@
+"""A bundle behind an OpenAI-compatible server, and the router in front of other servers."""
