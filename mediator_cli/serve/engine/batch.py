@@ -159,10 +159,10 @@ class SoloBatch:
         else:
             self.mixing.end()
         ids = torch.tensor([list(chunk.tokens)], device=self.model.device)
-        mask = torch.ones(1, chunk.start + len(chunk.tokens), dtype=torch.long, device=ids.device)
         names = inspect.signature(self.model.forward).parameters
         holds = "cache_params" if "cache_params" in names else "past_key_values"
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **{holds: self.cache}).logits[0]
+        # There is no padding, so no mask: some states would take one for the tokens of this pass.
+        logits = self.model(input_ids=ids, use_cache=True, **{holds: self.cache}).logits[0]
         return [(logits if chunk.wants_all else logits[-1:]).float()]
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
@@ -184,13 +184,13 @@ class SoloBatch:
         self.cache = None
 
 
-def make_batch(model: RoutedModel, most_rows: int) -> Batch:
+def make_batch(model: RoutedModel, most_rows: int, context: int | None) -> Batch:
     """Choose how a model is asked: many rows in a pass if that gives what one row alone gives, else one at a time."""
     mixing = Mixing(model)
     solo = SoloBatch(model, mixing)
     if model.combine != "parameters" or model.gating is not None or most_rows == 1:
         return solo
-    if (cache := slot_cache(model)) is None:
+    if (cache := slot_cache(model, context)) is None:
         return solo
     batch = SlotBatch(model, cache, most_rows, mixing)
     return batch if _agrees(batch, solo) else solo

@@ -259,7 +259,7 @@ def start_engine(model: RoutedModel, tokenizer: PreTrainedTokenizerBase, limits:
     longest = context_length(model.config)
     context = limits.context if longest is None else min(limits.context or longest, longest)
     with torch.no_grad():
-        batch = make_batch(model, limits.rows)
+        batch = make_batch(model, limits.rows, context)
     table = Table(batch, Prefixes(limits.cache_bytes), limits.chunk)
     words = Vocabulary(tokenizer, count_ids(model))
     engine = Engine(model, tokenizer, limits, table, words, _end_tokens(model, tokenizer), context)
@@ -277,4 +277,5 @@ def _end_tokens(model: RoutedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 
 
 def _named(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-    return {name: weight for name, weight in zip(names, weights, strict=True) if weight}
+    # Weights are float32: 0.2 should not be told as 0.20000000298.
+    return {name: float(f"{weight:.7g}") for name, weight in zip(names, weights, strict=True) if weight}

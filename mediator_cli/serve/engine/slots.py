@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 _STEP = 256
 """Columns are added in steps of at least this many, and then by doubling."""
@@ -145,12 +145,22 @@ class SlotCache(Cache):
         return [held for layer in self.slots for held in layer.arrays]
 
 
-def slot_cache(model: Any) -> SlotCache | None:  # noqa: ANN401 - models differ
-    """Make the cache of a model; None where some layer keeps other things than the keys and values of all tokens."""
+def slot_cache(model: Any, context: int | None) -> SlotCache | None:  # noqa: ANN401 - models differ
+    """Make the cache of a model that reads so many tokens at most.
+
+    None where some layer keeps other things than the keys and values of all tokens.
+    """
     layers = DynamicCache(config=model.config).layers
-    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+    if not layers or not all(_keeps_all(layer, context) for layer in layers):
         return None
     return SlotCache(len(layers), model.device)
+
+
+def _keeps_all(layer: object, context: int | None) -> bool:
+    """Whether a layer looks at all tokens: one with a window does while there are no more tokens than it spans."""
+    if type(layer) is DynamicLayer:
+        return True
+    return isinstance(layer, DynamicSlidingWindowLayer) and context is not None and context <= layer.sliding_window
 
 
 def _room(like: torch.Tensor, window: Window) -> torch.Tensor:
