@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 
 from mediator_cli.errors import BundleError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import torch
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -122,8 +122,13 @@ def text_reader(tokenizer: PreTrainedTokenizerBase) -> FeatureReader:
 
 def embedding_means(rows: Callable[[list[int]], torch.Tensor], prompts: Prompts) -> Floats32:
     """Average the input embeddings of each prompt's tokens [rows, hidden]; `rows` reads those of some ids."""
+    return row_means(lambda tokens: rows(tokens).float().cpu().numpy(), prompts)
+
+
+def row_means(rows: Callable[[list[int]], Floats32], prompts: Prompts) -> Floats32:
+    """Average the rows of each prompt's tokens [rows, hidden]; `rows` gives those of some ids as float32."""
     tokens = sorted({token for prompt in prompts for token in prompt})
-    table = rows(tokens).float().cpu().numpy()
+    table = rows(tokens)
     places = {token: place for place, token in enumerate(tokens)}
     means = [table[[places[token] for token in prompt]].mean(axis=0, dtype=np.float64) for prompt in prompts]
     return np.stack(means).astype(np.float32)
@@ -165,6 +170,8 @@ class _Stop(Exception):
 
 def _decoder_layer(model: PreTrainedModel, number: int) -> torch.nn.Module:
     """Find the decoder layer with this number, from 1."""
+    import torch  # here: features of the text alone, and of a table of embeddings, need none
+
     count = int(model.config.get_text_config().num_hidden_layers)
     stacks = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
     stack = next(stacks, None)
@@ -196,6 +203,8 @@ def length_batches(prompts: Prompts, most: int = _BATCH_TOKENS) -> Iterator[list
 
 
 def _batch_means(model: PreTrainedModel, layer: torch.nn.Module, prompts: Prompts) -> Floats32:
+    import torch
+
     width = max(len(prompt) for prompt in prompts)
     # Padding stands behind the tokens, where a causal model cannot see it.
     ids = torch.tensor([[*prompt, *[prompt[-1]] * (width - len(prompt))] for prompt in prompts], device=model.device)
@@ -208,6 +217,7 @@ def _batch_means(model: PreTrainedModel, layer: torch.nn.Module, prompts: Prompt
 
 def _run_to(model: PreTrainedModel, layer: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Run a model up to a layer and return that layer's output [rows, tokens, hidden]."""
+    import torch
 
     def stop(_: torch.nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401 - layers give a tensor or a tuple
         raise _Stop(output[0] if isinstance(output, tuple) else output)

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 Mixture = tuple[float, ...]
 Matrices = dict[str, torch.Tensor]
 Wanted = str | Mapping[str, float] | torch.Tensor | NDArray[np.float32] | Sequence[Sequence[float]]
+User = tuple[int, torch.Tensor, torch.Tensor]
+"""An expert, the tokens [k] that use it, and their weights [k]."""
 DENSE = "dense"
 PASS_TOKENS = 20
 """What a pass of products costs beside its tokens, in tokens; measured by scripts/bench_runtime.py."""
 
 _MOST_WAITING = 1024
+_WORTH_PARTING, _MOST_USED = 32, 0.5
+"""Tokens from which on products are made for each expert apart, and the share of uses up to which that costs less."""
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Scratch:
     x: torch.Tensor | None = None
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     scales: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    users: dict[int, tuple[User, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,24 @@ class Part:
             each = self.weights.repeat_interleave(n_tokens // len(self.weights), dim=0)
             self.scratch.scales[key] = each[:, first : first + count].t()[:, None].contiguous()
         return self.scratch.scales[key]
+
+    def users(self, n_tokens: int) -> tuple[User, ...]:
+        """List the experts used, each with the tokens [k] that use it and their weights [k].
+
+        Nothing where products of all of them with all tokens cost less: few tokens, or most of them use most experts.
+        """
+        if n_tokens < _WORTH_PARTING or self.used_share > _MOST_USED:
+            return ()
+        if n_tokens not in self.scratch.users:
+            each = self.weights.repeat_interleave(n_tokens // len(self.weights), dim=0)
+            tokens = {expert: torch.nonzero(each[:, expert]).flatten() for expert in self.used}
+            self.scratch.users[n_tokens] = tuple((expert, own, each[own, expert]) for expert, own in tokens.items())
+        return self.scratch.users[n_tokens]
+
+    @cached_property
+    def used_share(self) -> float:
+        """Tell which share of the experts used a row uses on average."""
+        return float((self.weights[:, list(self.used)] != 0).float().mean()) if self.used else 1.0
 
     @cached_property
     def used(self) -> tuple[int, ...]:

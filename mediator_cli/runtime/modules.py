@@ -21,11 +21,11 @@ from mediator_cli.runtime.low_rank import LowRankStack
 from mediator_cli.runtime.stack import Stack, slice_stack, sparse_product, sparse_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mediator_cli.runtime.deltas import Deltas
     from mediator_cli.runtime.held_deltas import HeldDeltas
-    from mediator_cli.runtime.mixing import Part
+    from mediator_cli.runtime.mixing import Part, User
     from mediator_cli.runtime.stack import Slice
 
 
@@ -53,18 +53,32 @@ class Matrix:
 
         `weights` [tokens, experts] are those that gates chose, which low-rank experts alone take.
         """
-        found = self.slices.get((part.used[0], part.used[-1])) or self.stacked(tokens.device)
-        if isinstance(found, LowRankStack):
+        stack = self.stacked(tokens.device)
+        if isinstance(stack, LowRankStack):
             if weights is not None:
-                return found.product(tokens, weights, is_chosen=True)
-            return found.product(tokens, _per_token(part.weights, tokens.shape[1]))
-        if isinstance(found, GatedStack):
-            return gated_product(found, tokens, part)
-        if isinstance(found, Stack):
-            found = slice_stack(found, part.used)
+                return stack.product(tokens, weights, is_chosen=True)
+            return stack.product(tokens, _per_token(part.weights, tokens.shape[1]))
+        if isinstance(stack, GatedStack):
+            return gated_product(stack, tokens, part)
+        if users := part.users(tokens.shape[1]):
+            return self._apart(stack, tokens, users)
+        run = self._slice(stack, part.used)
+        return sparse_product(run, tokens, part.scales(run.first, run.count, tokens.shape[1]))
+
+    def _apart(self, stack: Stack, tokens: torch.Tensor, users: Sequence[User]) -> torch.Tensor:
+        """Multiply each expert with the tokens that use it alone."""
+        total = torch.zeros(stack.shape[0], tokens.shape[1], device=tokens.device)
+        for expert, own, weights in users:
+            alone = torch.sparse.mm(self._slice(stack, (expert,)).matrix, tokens[:, own])
+            total.index_add_(1, own, alone.mul_(weights))
+        return total
+
+    def _slice(self, stack: Stack, used: Sequence[int]) -> Slice:
+        key = used[0], used[-1]
+        found = self.slices.get(key) or slice_stack(stack, used)
         if self.keeps:
-            self.slices[part.used[0], part.used[-1]] = found
-        return sparse_product(found, tokens, part.scales(found.first, found.count, tokens.shape[1]))
+            self.slices[key] = found
+        return found
 
     def rows(self, indices: torch.Tensor, part: Part) -> torch.Tensor:
         """Mix single rows of the deltas: indices [tokens] → float32 [tokens, columns]."""

@@ -199,6 +199,11 @@ def read_router(folder: Path, manifest: Manifest) -> Router | None:
     if record.experts != tuple(source.name for source in manifest.experts):
         place = f"{folder / MANIFEST} router.experts"
         raise BundleError(Problem(place, "are not all experts of the bundle in its order", _DAMAGED))
+    return read_recorded(folder, record)
+
+
+def read_recorded(folder: Path, record: RouterRecord) -> Router:
+    """Read the router that a record describes from the folder of its file; raise BundleError as `read_router` does."""
     if record.file is None:
         return Router(record, None, None)
     places = _checked_places(folder, record, record.file)

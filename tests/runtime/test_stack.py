@@ -1,14 +1,31 @@
 """Products and mixed matrices of stacked sparse experts against dense arithmetic."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mediator_cli.bundle.deltas import SparseDelta, mix_deltas
+from mediator_cli.runtime.mixing import Part
+from mediator_cli.runtime.modules import Matrix
 from mediator_cli.runtime.stack import Stack, slice_stack, sparse_product, sparse_rows, stack_deltas
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class StackedDeltas:
+    """Deltas that are stacked already."""
+
+    held: Stack
+    name: str = "w"
+
+    def stack(self, device: torch.device) -> Stack:
+        return self.held
+
+
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.25, 0.7, 1.0, -0.5]), min_size=3, max_size=3)
 
 
@@ -101,3 +118,33 @@ def test_a_slice_shares_the_memory_of_its_stack() -> None:
     assert (part.first, part.count) == (1, 2)
     start = int(stack.starts[4])
     assert part.matrix.values().data_ptr() == stack.values[start:].data_ptr()
+
+
+def test_experts_apart_give_what_all_of_them_together_give() -> None:
+    shape, n_tokens = (5, 7), 48
+    deltas = [delta(shape, 1), None, delta(shape, 2), delta(shape, 3)]
+    stack = stack_deltas(deltas, shape, CPU)
+    weights = torch.zeros(4, 4)
+    weights[0, 0], weights[1, 2], weights[2, 3], weights[2, 1] = 1.0, 0.5, -2.0, 0.3
+    part = Part(None, weights, None)
+    x = torch.randn(shape[1], n_tokens)
+    users = part.users(n_tokens)
+    assert [(expert, own.tolist()) for expert, own, _ in users] == [
+        (0, list(range(12))), (1, list(range(24, 36))), (2, list(range(12, 24))), (3, list(range(24, 36))),
+    ]  # fmt: skip
+    matrix = Matrix(StackedDeltas(stack))
+    apart = matrix.product(x, part)
+    together = sparse_product(slice_stack(stack, range(4)), x, part.scales(0, 4, n_tokens))
+    torch.testing.assert_close(apart, together)
+    expected = torch.stack([
+        sum(w * dense_delta(d, shape) for w, d in zip(weights[at // 12].tolist(), deltas, strict=True)) @ x[:, at]
+        for at in range(n_tokens)
+    ], dim=1)  # fmt: skip
+    torch.testing.assert_close(apart, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_few_tokens_and_experts_that_most_tokens_use_are_not_parted() -> None:
+    alone, shared = torch.eye(4), torch.ones(4, 4)
+    assert Part(None, alone, None).users(8) == ()
+    assert Part(None, shared, None).users(400) == ()
+    assert len(Part(None, alone, None).users(400)) == 4
