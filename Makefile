@@ -8,7 +8,7 @@ RECIPE := recipes/smollm2/mediator.yaml
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous tradeoffs-adapters tradeoffs check clean
+.PHONY: help install demo-experts demo test test-slow test-vllm lint types imports docs docs-check bench bench-runtime quality catalogue moe-quality heterogeneous tradeoffs-adapters tradeoffs bench-library serving check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -93,6 +93,15 @@ tradeoffs-adapters: demo-experts ## twelve LoRA adapters on twelve small tasks, 
 
 tradeoffs: tradeoffs-adapters ## every way to answer with the twelve adapters, and with fewer of them; an hour and a half after that
 	$(MEDIATOR) compare recipes/smollm2/tradeoffs.yaml --markdown scripts/tradeoffs/results.md --plot demo/tradeoffs/compare.html
+
+bench-library: tradeoffs-adapters ## a library of 64 adapters: merging, opening, decoding
+	$(BIN)/python scripts/bench_library.py
+
+serving: demo-experts ## the bundle in its own server and in vLLM against four models: tokens per second, first token, memory; 15 minutes
+	test -d demo/bundle || $(MEDIATOR) merge $(RECIPE) --quiet
+	$(BIN)/python -m scripts.servers.environment
+	$(BIN)/python -m scripts.serving
+	$(BIN)/python -m scripts.serving.report
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests
 

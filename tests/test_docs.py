@@ -24,6 +24,7 @@ from mediator_cli.recipe.compare import load_compare
 from mediator_cli.recipe.heterogeneous import is_heterogeneous_recipe, load_heterogeneous
 from mediator_cli.recipe.router import POLICY_FIELDS
 
+SERVING = "Serve it, export it, share it"
 TALES = ("and", "the", "is", "a", "of")
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -135,6 +136,7 @@ def test_the_readme_python_example_answers(readme_bundle, capsys):
     assert names["chosen"].shape[1] > n_prompt
 
 
+@pytest.mark.slow
 def test_the_readme_commands_measure(readme_bundle, readme_folder, monkeypatch, capsys):
     static = make_plan(load_recipe(readme_folder / "recipe.yaml", ("assign.rule=none",)))
     merge(static, readme_folder / "static")
@@ -228,6 +230,7 @@ def test_there_are_recipes():
     assert len(RECIPES) >= 3
 
 
+@pytest.mark.slow
 def test_the_readme_commands_compare_a_library_of_adapters(readme_folder, monkeypatch, capsys):
     recipe = blocks(section("README.md", "A library of adapters"), "yaml")[0]
     (readme_folder / "compare.yaml").write_text(recipe.replace("train: 200, valid: 20, test: 20", "test: 2"))
@@ -250,6 +253,44 @@ def test_the_readme_commands_compare_a_library_of_adapters(readme_folder, monkey
     manifest = json.loads((readme_folder / "library" / "routing_manifest.json").read_text())
     assert [expert["name"] for expert in manifest["experts"]] == ["maths", "sarcasm"]
     assert [change["change"] for change in manifest["history"]] == ["added", "removed"]
+
+
+def test_the_readme_commands_export_and_push(readme_folder, readme_bundle, monkeypatch, capsys):
+    lines = [line for line in blocks(section("README.md", SERVING), "bash")[2].splitlines() if line]
+    assert [line.split()[1] for line in lines] == ["export"] * 5 + ["push"]
+    for line in lines:
+        run(line, monkeypatch)
+    assert read_header(readme_folder / "maths-model" / "model.safetensors").tensors
+    adapters = sorted(
+        file.parent.name for file in (readme_folder / "bundle-adapters").rglob("adapter_model.safetensors")
+    )
+    assert adapters == ["maths", "sarcasm"]
+    assert (readme_folder / "for-vllm" / "serve.sh").is_file()
+    assert "our-team/apples" in capsys.readouterr().out
+
+
+def test_the_request_of_the_readme_is_answered(readme_bundle):
+    from fastapi.testclient import TestClient
+
+    from mediator_cli.runtime.open import open_bundle
+    from mediator_cli.runtime.prompts import load_tokenizer
+    from mediator_cli.serve.app import make_app
+    from mediator_cli.serve.engine.engine import Limits
+    from mediator_cli.serve.opened import start_serving
+
+    serve, curl = blocks(section("README.md", SERVING), "bash")[:2]
+    assert serve.startswith("mediator serve bundle ")
+    url, body = re.search(r"(http://\S+) .*?-d '(.*?)'", curl, flags=re.DOTALL).groups()
+    serving = start_serving(readme_bundle, open_bundle(readme_bundle), load_tokenizer(readme_bundle), Limits())
+    try:
+        told = TestClient(make_app(serving.engine, serving.served)).post(
+            url.removeprefix("http://127.0.0.1:8000"), json=json.loads(body)
+        )
+    finally:
+        serving.engine.close()
+    assert told.status_code == 200
+    assert told.json()["choices"][0]["message"]["content"]
+    assert told.headers["x-mediator-mixture"] == "maths=1"
 
 
 def test_generated_pages_and_schemas_are_up_to_date():
