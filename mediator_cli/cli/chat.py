@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator_cli.cli.generate import SeedOption, TemperatureOption, TokensOption, TopPOption
-from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, shown_mixture, wanted_of
+from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, shown_mixture
 from mediator_cli.cli.output import console, say
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def chat(
     """Talk with a bundle; every turn is routed anew unless --pin. Reads lines from standard input."""
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Conversation, Sampling
+    from mediator_cli.runtime.wanted import wanted_of
 
     asked, how = wanted_of(folder, expert, mixture), combination(combine)
     if pin and asked is None:
@@ -86,6 +87,7 @@ def _command(line: str, folder: Path, talk: Talk) -> Talk:
     from mediator_cli.cli.output import print_problems
     from mediator_cli.errors import MediatorError
     from mediator_cli.runtime.generate import Conversation
+    from mediator_cli.runtime.wanted import wanted_of
 
     word, _, name = line.partition(" ")
     if word == "/new":

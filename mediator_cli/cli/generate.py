@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, shown_mixture, wanted_of
+from mediator_cli.cli.mixtures import CombineOption, ExpertOption, MixtureOption, combination, shown_mixture
 from mediator_cli.cli.options import JsonOption, QuietOption
 from mediator_cli.cli.output import console, print_json, say
 
@@ -42,6 +42,7 @@ def generate(
     """Answer prompts with the experts that router or gates choose for each of them."""
     from mediator_cli.cli.opening import opened
     from mediator_cli.runtime.generate import Sampling
+    from mediator_cli.runtime.wanted import wanted_of
 
     asked, how = wanted_of(folder, expert, mixture), combination(combine)
     model, tokenizer = opened(folder, how)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mediator_cli.runtime.combine import Combine
-    from mediator_cli.runtime.mixing import Wanted
 
 ExpertOption = Annotated[
     str | None,
@@ -47,60 +44,6 @@ def combination(text: str | None) -> Combine | None:
     if text is None:
         return None
     raise BundleError(Problem("--combine", f"no way '{text}'", did_you_mean(text, names)))
-
-
-def wanted(expert: str | None, mixture: str | None) -> str | dict[str, float] | None:
-    """Read what --expert or --mixture ask for, None = route; raise BundleError for bad form."""
-    from mediator_cli.errors import BundleError, Problem
-
-    if expert is not None and mixture is not None:
-        raise BundleError(Problem("--expert", "cannot be used with --mixture", "give one of the two"))
-    if mixture is None:
-        return expert
-    weights: dict[str, float] = {}
-    hint = "write for example --mixture maths=0.7,sarcasm=0.3"
-    for item in mixture.split(","):
-        name, _, number = (part.strip() for part in item.partition("="))
-        if not name or not _is_number(number):
-            raise BundleError(Problem("--mixture", f"'{item}' is not NAME=WEIGHT", hint))
-        if name in weights:
-            raise BundleError(Problem("--mixture", f"'{name}' is given twice", hint))
-        weights[name] = float(number)
-    return weights
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def wanted_of(folder: Path, expert: str | None, mixture: str | None) -> Wanted | None:
-    """Read what is asked of a bundle, None = route, before anything is loaded.
-
-    Raises BundleError for bad form, unknown experts, and when nothing is asked of a bundle without router and gates.
-    All that a bundle without sparse experts can answer with is its dense expert.
-    """
-    from mediator_cli.bundle.manifest import read_manifest
-    from mediator_cli.errors import BundleError, Problem, did_you_mean
-
-    manifest = read_manifest(folder)
-    asked = wanted(expert, mixture)
-    names = [] if not manifest.sparse else [source.name for source in manifest.experts]
-    place = "--expert" if mixture is None else "--mixture"
-    given = [asked] if isinstance(asked, str) else list(asked or ())
-    known = [*names, "dense"] if mixture is None else names
-    for name in given:
-        if name not in known:
-            hint = did_you_mean(name, known) if names else "it answers with one model, without options"
-            raise BundleError(Problem(place, f"no expert '{name}'", hint))
-    if asked is None and not names:
-        return "dense"
-    if asked is None and manifest.router is None and manifest.gates is None:
-        hint = f"fit one with `mediator fit-router {folder}`, or name who answers: --expert {names[0]}"
-        raise BundleError(Problem(str(folder), "the bundle has no router", hint))
-    return asked
 
 
 def mixture_text(weights: Sequence[float], experts: Sequence[str]) -> str:

@@ -21,13 +21,19 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def opened(folder: Path, combine: Combine | None = None) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
-    """Open a bundle and its tokenizer, with a spinner on a terminal; raise BundleError when it is damaged."""
+def opened(
+    folder: Path, combine: Combine | None = None, cache_bytes: int | None = None
+) -> tuple[RoutedModel, PreTrainedTokenizerBase]:
+    """Open a bundle and its tokenizer, with a spinner on a terminal; raise BundleError when it is damaged.
+
+    `cache_bytes` bounds the memory for experts and mixtures, None = as is usual.
+    """
     from mediator_cli.cli.output import console
 
     with console(stderr=True).status("opening the bundle"):
-        from mediator_cli.runtime.open import open_bundle
+        from mediator_cli.runtime.open import CACHE_BYTES, open_bundle
         from mediator_cli.runtime.prompts import load_tokenizer
 
         quiet_transformers()
-        return open_bundle(folder, combine=combine), load_tokenizer(folder)
+        most = CACHE_BYTES if cache_bytes is None else cache_bytes
+        return open_bundle(folder, combine=combine, cache_bytes=most), load_tokenizer(folder)

@@ -88,11 +88,15 @@ def harness_results(
     candidate: Candidate, names: Sequence[str], files: Sequence[Path] = (), limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Load a model and run tasks of the harness; raise CheckpointError for what the harness cannot ask."""
+    return run_harness(HarnessModel(*load_for_harness(candidate)), names, files, limit)
+
+
+def load_for_harness(candidate: Candidate) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """Load a model, its tokenizer and what fixes its mixture; raise CheckpointError for what cannot be asked."""
     if candidate.part == ORACLE:
         hint = "name an expert, or the bundle alone"
         raise CheckpointError(Problem(candidate.name, "the harness does not tell a model which task it asks", hint))
-    loaded, tokenizer = load_candidate(candidate)
-    return run_harness(HarnessModel(loaded, tokenizer, candidate.mixture("")), names, files, limit)
+    return (*load_candidate(candidate), candidate.mixture(""))
 
 
 def run_harness(

@@ -81,7 +81,7 @@ def _candidate(name: str, tasks: Sequence[str], base: str | Path | None, access:
     text, _, part = name.partition("::")
     location = _place(text, access)
     if location.repo and MANIFEST in location.repo.sizes:
-        hint = f"`hf download {location.repo.repo_id} --local-dir DIR`, then name that folder"
+        hint = f"`mediator pull {location.repo.repo_id}`, then name that folder"
         raise CheckpointError(Problem(text, "is a bundle, which is answered from a folder alone", hint))
     if (location.folder / MANIFEST).is_file():
         return _bundle(name, location.folder, tasks)

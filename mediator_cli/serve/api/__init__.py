@@ -1,0 +1,1 @@
+"""HTTP of our own run time, as OpenAI's clients speak it."""
