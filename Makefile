@@ -40,8 +40,9 @@ demo: demo-experts ## build real experts, measure conflict, merge them, route qu
 	@echo "  mediator evaluate demo/base demo/bundle --tasks demo/data/maths.test.jsonl"
 	@echo "  mediator inspect demo/bundle                 what the bundle holds"
 
+# One thread in each process: there are as many of those as cores.
 test: install ## run the tests, below 5 minutes on 2 cores
-	$(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: demo-experts ## run the long tests, most of them on the real model and its experts
 	$(BIN)/python -m pytest -m slow tests

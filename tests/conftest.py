@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from safetensors.torch import load_file, save_file
@@ -33,6 +35,13 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("mediator")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what the imports made out of every later search for garbage, and search as seldom as the program does."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what the package notes between runs out of the user's folder, and out of a test's own."""
@@ -46,6 +55,23 @@ def _packages_stay_as_they_are() -> Iterator[None]:
     """Look only once through all installed packages for methods of their own: every plan does, and nothing changes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "entry_points", cache(registry.entry_points))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_stay_as_they_are() -> Iterator[None]:
+    """Read the options of all commands once, not at every call of `main`: that takes longer than most of the calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disks_are_not_waited_for() -> Iterator[None]:
+    """Let the disk write when it likes: no test cuts the power, and what fails or dies at a sync is made to here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda descriptor: None)
         yield
 
 

@@ -1,7 +1,11 @@
-"""A small Hugging Face Hub on loopback: API, resolve addresses, a CDN of another origin, ranges, all its refusals."""
+"""A small Hugging Face Hub on loopback: API, resolve addresses, a CDN of another origin, ranges, all its refusals.
+
+It takes pushes too: repositories and branches made, uploads to a store of large files, commits.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -17,9 +21,13 @@ import pytest
 from huggingface_hub import constants
 
 TOKEN = "hf_loopbackSecretToken0123456789"
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/?]+))?(\?.*)?$")
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/?]+)(/revision/(?P<revision>[^/?]+))?(\?.*)?$")
 _COLLECTION = re.compile(r"/api/collections/(?P<slug>[^/]+/[^/?]+)$")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)$")
+_PREUPLOAD = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/?]+)$")
+_COMMIT = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/?]+)$")
+_BRANCH = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/?]+)$")
+_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch$")
 _CDN = re.compile(r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<commit>[^/]+)/(?P<name>.+)$")
 
 
@@ -63,6 +71,17 @@ class LoopbackHub:
     knows_ranges: bool = True
     bad_tokens: bool = False
     nonsense: str = ""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """Large files by SHA-256, as pushes bring them."""
+    uploads: list[str] = field(default_factory=list)
+    """The SHA-256 of each large file that came whole, in order."""
+    upload_limit: int | None = None
+    """Bytes of large files after which connections break off."""
+    writers: set[str] = field(default_factory=lambda: {"org"})
+    """Owners for whom the token may write."""
+    ignored: set[str] = field(default_factory=set)
+    """Names that a .gitignore leaves out."""
+    messages: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, repo_id: str, folder: Path, *refs: str, gated: bool = False, private: bool = False) -> str:
@@ -80,9 +99,23 @@ class LoopbackHub:
         return sum(n for path, n in self.served.items() if path.endswith((".safetensors", ".bin", ".gguf")))
 
     def forget(self) -> None:
-        """Forget what was asked and served."""
+        """Forget what was asked, served and uploaded; what is stored stays."""
         self.requests.clear()
         self.served.clear()
+        self.uploads.clear()
+
+    def commit(self, repo_id: str, revision: str, files: dict[str, bytes]) -> str:
+        """Make a commit of these files, which the branch means from now on."""
+        repo = self.repos[repo_id]
+        commit = hashlib.sha1(repr((len(repo.commits), sorted(files.items()))).encode()).hexdigest()
+        repo.commits[commit] = files
+        repo.refs[revision] = commit
+        return commit
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """Give the files that a branch of a repository has."""
+        repo = self.repos[repo_id]
+        return repo.commits[repo.refs[revision]]
 
 
 def _etag(name: str, data: bytes) -> str:
@@ -95,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     place: str
     protocol_version = "HTTP/1.1"
+    # Head and body are two packets; without this the second waits for 40 ms.
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None: ...
 
@@ -122,6 +157,115 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         return self.serve(method, token)
 
+    def do_POST(self) -> None:
+        self.take("POST")
+
+    def do_PUT(self) -> None:
+        self.take("PUT")
+
+    def take(self, method: str) -> None:
+        """Answer a request that brings a body."""
+        token, size = self.headers.get("Authorization"), int(self.headers.get("Content-Length") or 0)
+        with self.hub.lock:
+            self.hub.requests.append(Request(self.place, method, self.path, None, token is not None))
+            fault = next((f for f in self.hub.faults if re.search(f[0], f"{method} {self.path}")), None)
+            if fault:
+                self.hub.faults.remove(fault)
+        if self.place == "cdn":
+            return self.store(size)
+        body = self.rfile.read(size)
+        if fault:
+            return self.refuse(fault[1], fault[2])
+        if self.hub.bad_tokens or token != f"Bearer {TOKEN}":
+            return self.refuse(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        return self.write(unquote(self.path), body)
+
+    def store(self, size: int) -> None:
+        """Take a large file, at its signed address; break off where the limit is reached."""
+        with self.hub.lock:
+            left = self.hub.upload_limit
+            if left is not None:
+                self.hub.upload_limit = max(0, left - size)
+        body = self.rfile.read(size if left is None else min(size, left))
+        if len(body) < size:
+            self.close_connection = True
+            return
+        oid = self.path.rpartition("/")[2]
+        assert hashlib.sha256(body).hexdigest() == oid
+        with self.hub.lock:
+            self.hub.objects[oid] = body
+            self.hub.uploads.append(oid)
+        self.send(200, {"ETag": '"x"'}, b"", "PUT")
+
+    def write(self, path: str, body: bytes) -> None:
+        if path == "/api/validate-yaml":
+            return self.send_json({"warnings": [], "errors": []})
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        matches = ((pattern.match(path), answer) for pattern, answer in self.answers())
+        match, answer = next((found for found in matches if found[0]), (None, None))
+        if match is None or answer is None or match["repo"] not in self.hub.repos:
+            return self.refuse(404, {"X-Error-Code": "RepoNotFound"})
+        if match["repo"].split("/")[0] not in self.hub.writers:
+            return self.refuse(403, {"X-Error-Message": "You don't have the rights to write here"})
+        return answer(match, body)
+
+    def answers(self):
+        return (
+            (_PREUPLOAD, self.preupload), (_BATCH, self.batch), (_COMMIT, self.take_commit), (_BRANCH, self.branch),
+        )  # fmt: skip
+
+    def create(self, asked: dict[str, str]) -> None:
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        if repo_id in self.hub.repos:
+            return self.refuse(409, {})
+        if asked["organization"] not in self.hub.writers:
+            return self.refuse(403, {"X-Error-Message": "You don't have the rights to create a model here"})
+        self.hub.repos[repo_id] = Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.hub.commit(repo_id, "main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        return self.send_json({"url": f"{self.hub.url}/{repo_id}"})
+
+    def branch(self, match: re.Match[str], body: bytes) -> None:
+        refs = self.hub.repos[match["repo"]].refs
+        refs[match["revision"]] = refs["main"]
+        self.send_json({})
+
+    def preupload(self, match: re.Match[str], body: bytes) -> None:
+        there = self.hub.files(match["repo"], match["revision"])
+        rows = []
+        for name in (file["path"] for file in json.loads(body)["files"]):
+            mode = "lfs" if name.endswith(".safetensors") else "regular"
+            oid = _etag(name, there[name]) if name in there else None
+            rows.append({"path": name, "uploadMode": mode, "shouldIgnore": name in self.hub.ignored, "oid": oid})
+        self.send_json({"files": rows})
+
+    def batch(self, match: re.Match[str], body: bytes) -> None:
+        rows = json.loads(body)["objects"]
+        for row in rows:
+            if row["oid"] not in self.hub.objects:
+                row["actions"] = {"upload": {"href": f"{self.hub.cdn}/upload/{row['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": rows})
+
+    def take_commit(self, match: re.Match[str], body: bytes) -> None:
+        head, *operations = (json.loads(line) for line in body.splitlines())
+        repo = self.hub.repos[match["repo"]]
+        if head["value"].get("parentCommit", repo.refs[match["revision"]]) != repo.refs[match["revision"]]:
+            return self.refuse(412, {"X-Error-Message": "A commit has happened since."})
+        files = dict(self.hub.files(match["repo"], match["revision"]))
+        for operation in operations:
+            name = operation["value"]["path"]
+            if operation["key"] == "deletedFile":
+                del files[name]
+            elif operation["key"] == "lfsFile":
+                files[name] = self.hub.objects[operation["value"]["oid"]]
+            else:
+                files[name] = base64.b64decode(operation["value"]["content"])
+        with self.hub.lock:
+            commit = self.hub.commit(match["repo"], match["revision"], files)
+            self.hub.messages.append(head["value"]["summary"])
+        url = f"{self.hub.url}/{match['repo']}/commit/{commit}"
+        return self.send_json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": ""})
+
     def serve(self, method: str, token: str | None) -> None:
         if self.hub.nonsense:
             return self.send(200, {"Content-Type": "application/json"}, self.hub.nonsense.encode(), method)
@@ -145,7 +289,11 @@ class _Handler(BaseHTTPRequestHandler):
         siblings: list[dict[str, object]] = []
         for name, data in repo.commits[commit].items():
             lfs = {"lfs": {"size": len(data), "sha256": _etag(name, data), "pointerSize": 130}}
-            row = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            row = {
+                "rfilename": name,
+                "size": len(data),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+            }
             siblings.append(row | (lfs if name.endswith(".safetensors") else {}))
         return {"id": repo_id, "sha": commit, "siblings": siblings, "private": repo.private, "tags": []}
 
@@ -245,6 +393,8 @@ def joined(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[LoopbackHub
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Xet's own servers are not part of this hub; without them large files go to its store as they are.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr("mediator_cli.checkpoint.hub.files.WAITS", (0.0, 0.0))
         yield hub

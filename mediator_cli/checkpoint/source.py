@@ -97,7 +97,7 @@ def find_location(source: str, path: Path, access: Access = ONLINE) -> Location:
         hint = f"name the folder that holds config.json, here perhaps {path.parent}"
         raise CheckpointError(Problem(str(path), "is not a folder", hint))
     if is_hub_id(source):
-        repo = find_repo(source, access, _is_wanted)
+        repo = find_repo(source, access, is_wanted)
         return Location(repo.folder, repo)
     hint = (
         "relative paths in a recipe start at the recipe's folder; a model on the Hub is org/name or org/name@revision"
@@ -187,7 +187,7 @@ def side_files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in found if file.suffix not in _NEVER and file.is_file()))
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
     """Whether a file of a Hub repository is small and needed before any weight is read."""
     if PurePosixPath(name).suffix in _NEVER:
         return False
@@ -195,7 +195,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _is_wanted_from_afar(name: str) -> bool:
-    return name == "routing_manifest.json" or _is_wanted(name)
+    return name == "routing_manifest.json" or is_wanted(name)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -24,6 +24,7 @@ from mediator_cli.cli.chat import chat
 from mediator_cli.cli.compare import compare
 from mediator_cli.cli.compress_moe import compress_moe
 from mediator_cli.cli.evaluate import evaluate
+from mediator_cli.cli.export import export
 from mediator_cli.cli.extract_lora import extract_lora
 from mediator_cli.cli.fit_router import fit_router
 from mediator_cli.cli.gates import gates
@@ -34,9 +35,12 @@ from mediator_cli.cli.kinship import kinship
 from mediator_cli.cli.merge import merge
 from mediator_cli.cli.methods import methods
 from mediator_cli.cli.plan import plan
+from mediator_cli.cli.pull import pull
+from mediator_cli.cli.push import push
 from mediator_cli.cli.remove_expert import remove_expert
 from mediator_cli.cli.route import route
 from mediator_cli.cli.schema import schema
+from mediator_cli.cli.serve import serve
 from mediator_cli.cli.train import train
 from mediator_cli.cli.validate import validate
 from mediator_cli.cli.verify import verify
@@ -90,9 +94,13 @@ for command in (
     route,
     generate,
     chat,
+    serve,
     evaluate,
     ablate,
     compare,
+    export,
+    push,
+    pull,
     methods,
     schema,
 ):

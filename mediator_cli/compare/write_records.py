@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mediator_cli.bundle.lineage import label
 from mediator_cli.bundle.manifest import (
     LATEST_SCHEMA_VERSION,
     LIBRARY_SCHEMA_VERSION,
@@ -21,7 +22,7 @@ from mediator_cli.bundle.manifest import (
 )
 from mediator_cli.bundle.router_record import is_late
 from mediator_cli.checkpoint.layout import unit_of
-from mediator_cli.pipeline.record import commit_of, label, recipe_record
+from mediator_cli.pipeline.record import commit_of, recipe_record
 from mediator_cli.pipeline.side_files import license_of
 
 if TYPE_CHECKING:

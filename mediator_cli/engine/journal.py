@@ -116,6 +116,14 @@ def forget_journal(folder: Path) -> None:
     sync(folder)
 
 
+def is_of(folder: Path, key: Mapping[str, Any]) -> bool:
+    """Whether the journal here was begun for the work that `key` describes."""
+    try:
+        return bool(json.loads((folder / _KEY).read_text(encoding="utf-8")) == key)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def may_overwrite(folder: Path) -> bool:
     """Whether the work of the journal here was begun to replace a bundle."""
     return has_journal(folder) and (folder / _OVERWRITE).is_file()

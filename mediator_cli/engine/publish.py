@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mediator_cli.checkpoint.write import sync, sync_tree, write_error
-from mediator_cli.engine.journal import Journal, forget_journal, has_journal, may_overwrite, open_journal, start_journal
+from mediator_cli.engine.journal import (
+    Journal,
+    forget_journal,
+    has_journal,
+    is_of,
+    may_overwrite,
+    open_journal,
+    start_journal,
+)
 from mediator_cli.engine.team import Alone
 from mediator_cli.errors import OutputError, Problem
 
@@ -21,7 +29,9 @@ if TYPE_CHECKING:
 
     from mediator_cli.engine.team import Team
 
-_MANIFESTS = ("routing_manifest.json", "adapter_manifest.json", "heterogeneous_manifest.json", "compression.json")
+MANIFESTS = (
+    "routing_manifest.json", "adapter_manifest.json", "heterogeneous_manifest.json", "compression.json", "export.json",
+)  # fmt: skip
 """Files that show that a folder was made here, so that it may be replaced."""
 Mode = Literal["new", "overwrite", "resume"]
 """What may stand at the output: nothing; a bundle or an interrupted merge, which goes; a merge that is gone on with."""
@@ -55,7 +65,7 @@ def _check_replaceable(target: Path, *, replaces: bool) -> None:
     if not target.is_dir() or target.is_symlink():
         raise OutputError(Problem(str(target), "exists and is not a folder", "choose another output"))
     is_empty = not any(target.iterdir())
-    is_bundle = any((target / name).is_file() for name in _MANIFESTS)
+    is_bundle = any((target / name).is_file() for name in MANIFESTS)
     if is_empty or (replaces and is_bundle):
         return
     if replaces:
@@ -168,9 +178,10 @@ def _begin(building: Path, notes: Path, mode: Mode, key: Mapping[str, Any]) -> J
     return start_journal(notes, key, overwrites=mode == "overwrite")
 
 
-def can_resume(target: Path) -> bool:
-    """Whether an interrupted merge into `target` can be gone on with."""
-    return _can_go_on(_beside(target, "journal"), _beside(target, "partial"))
+def can_resume(target: Path, key: Mapping[str, Any] | None = None) -> bool:
+    """Whether interrupted work on `target`, where a key is given that of this key, can be gone on with."""
+    notes = _beside(target, "journal")
+    return _can_go_on(notes, _beside(target, "partial")) and (key is None or is_of(notes, key))
 
 
 def _can_go_on(notes: Path, building: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mediator_cli.bundle.adapter import ADAPTER_MANIFEST
 from mediator_cli.bundle.digest import digest_tensors
+from mediator_cli.bundle.lineage import label
 from mediator_cli.bundle.manifest import SourceRecord, bundle_digest, to_json
 from mediator_cli.bundle.record import FileRecord
 from mediator_cli.checkpoint.adapter.open import Adapter
@@ -19,7 +20,7 @@ from mediator_cli.checkpoint.read import narrow
 from mediator_cli.checkpoint.write import NewTensor, header_bytes, write_at, write_error
 from mediator_cli.errors import OutputError, Problem
 from mediator_cli.kernels.arrays import bytes_of
-from mediator_cli.pipeline.record import commit_of, label, package_version
+from mediator_cli.pipeline.record import commit_of, package_version
 from mediator_cli.pipeline.side_files import license_of, write_json
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal
 
 from mediator_cli.bundle.card import router_card, with_block
+from mediator_cli.bundle.lineage import card_facts, label, parents_of, with_facts
 from mediator_cli.bundle.manifest import (
     GATED_SCHEMA_VERSION,
     LATEST_SCHEMA_VERSION,
@@ -267,7 +267,6 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
         "---",
         "library_name: transformers",
         "tags: [merge, mediator]",
-        "base_model_relation: merge",
         "---",
         f"# {_text(outcome.title)}",
         "",
@@ -290,7 +289,8 @@ def model_card(plan: Plan, outcome: Outcome) -> str:
     ]
     if plan.loaded.changes:
         lines += ["", "Changed on the command line: " + ", ".join(f"`{c}`" for c in plan.loaded.changes)]
-    card = "\n".join(lines) + "\n"
+    sources = (_source(plan, outcome, "base", recipe.base), *(_expert(plan, outcome, e) for e in plan.experts))
+    card = with_facts("\n".join(lines) + "\n", card_facts(parents_of(sources)))
     return card if outcome.router is None else with_block(card, "router", router_card(outcome.router))
 
 
@@ -307,12 +307,6 @@ def _mixed(record: MoeRecord) -> str:
         f"{record.experts_per_token} of them for each token: {record.n_parameters / 1e6:.0f}M parameters, "
         f"{record.n_active / 1e6:.0f}M active. Gates: {record.gates.method}. `mediator gates` shows who answers what."
     )
-
-
-def label(path: str) -> str:
-    """Name a source on a card."""
-    # A card travels; an absolute path of the machine that made it does not belong on it.
-    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path  # noqa: PTH117, PTH119
 
 
 def _made_of(plan: Plan) -> str:

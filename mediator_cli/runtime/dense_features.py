@@ -37,7 +37,7 @@ def folder_reader(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Featur
         from mediator_cli.runtime.open import open_bundle
 
         return asking_reader(open_bundle(folder), prompt_reader(tokenizer), spec)
-    table = _embeddings(folder) if spec.kind == "embedding_mean" else None
+    table = input_embeddings(folder) if spec.kind == "embedding_mean" else None
     if table is not None:
         rows = partial(read_rows, table)
         return FeatureReader(spec, partial(embedding_means, rows), n_ids=table.shape[0])
@@ -46,7 +46,7 @@ def folder_reader(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Featur
     return model_reader(load_dense(folder), tokenizer, spec)
 
 
-def _embeddings(folder: Path) -> TensorInfo | None:
+def input_embeddings(folder: Path) -> TensorInfo | None:
     """Find the input embeddings among the stored tensors; None where they are stored under another name."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

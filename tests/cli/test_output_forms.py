@@ -12,6 +12,8 @@ from mediator_cli.methods.registry import methods
 from mediator_cli.recipe.schema import Recipe
 
 UNITS = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(3)), "model.norm"]
+# To measure this machine takes seconds; tests/pipeline/test_forecast.py is where that is the point.
+PLAN = ("plan", "recipe.yaml", "--no-calibrate")
 DENSE_BYTES = 2 * (20 * 8 + 3 * (64 + 32 + 32 + 64 + 3 * 96 + 16) + 8)
 
 
@@ -33,7 +35,7 @@ def test_validate_answers_in_json(answer):
 
 
 def test_plan_answers_in_json(answer, workshop):
-    report = answer("plan", "recipe.yaml")
+    report = answer(*PLAN)
     assert (report["n_layers"], report["n_units"], report["n_tensors"]) == (3, 5, 29)
     assert report["assignment"] == "route 5 of 5 units: all candidates"
     assert report["dense_bytes"] == DENSE_BYTES
@@ -130,7 +132,7 @@ def test_quiet_prints_nothing(workshop, mediator, command):
     "words",
     [
         ("validate", "recipe.yaml"),
-        ("plan", "recipe.yaml"),
+        PLAN,
         ("merge", "recipe.yaml", "-o", "out"),
         ("merge", "recipe.yaml", "-o", "base"),
         ("analyze-conflicts", "recipe.yaml"),
@@ -218,9 +220,9 @@ def test_the_other_schemas_name_what_a_bundle_holds(workshop, mediator, kind, fi
 
 
 def test_plan_tells_weights_that_are_not_all_one(answer, mediator, workshop):
-    assert answer("plan", "recipe.yaml")["weights"] == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
-    assert "\n weights" not in mediator("plan", "recipe.yaml").out
-    words = ("plan", "recipe.yaml", "--set", "experts[0].weight=[0.2, 1]")
+    assert answer(*PLAN)["weights"] == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert "\n weights" not in mediator(*PLAN).out
+    words = (*PLAN, "--set", "experts[0].weight=[0.2, 1]")
     assert answer(*words)["weights"] == {"a": [0.2, 1.0], "b": [1.0, 1.0]}
     row = next(line for line in mediator(*words).out.splitlines() if line.startswith(" weights"))
     assert row.split() == ["weights", "a", "0.2", "to", "1;", "b", "1"]
@@ -230,5 +232,5 @@ def test_plan_tells_no_weights_of_stacked_layers(answer, mediator, workshop):
     copied, merged = {"source": "base", "layers": "0-1"}, [{"source": name, "layers": 1} for name in "ab"]
     merged[1]["weight"] = 0.5
     workshop.recipe(assign={"rule": "none"}, slices=[copied, {"sources": merged}])
-    assert answer("plan", "recipe.yaml")["weights"] == {}
-    assert "\n weights" not in mediator("plan", "recipe.yaml").out
+    assert answer(*PLAN)["weights"] == {}
+    assert "\n weights" not in mediator(*PLAN).out

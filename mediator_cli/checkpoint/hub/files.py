@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
@@ -120,6 +121,22 @@ def fetch_weights(repo: HubRepo, name: str, advance: Callable[[int], None] = lam
                 advance(repo.sizes[name])
         # The blob is there, so this only links it into the snapshot, in the way that this system needs.
         fetch_small(repo, name)
+
+
+def fetch_into(repo: HubRepo, name: str, file: Path, advance: Callable[[int], None] = lambda n: None) -> None:
+    """Write a file of a repository to a place outside the cache; where a part of it stands already, go on behind it.
+
+    What the cache holds is copied. Raises CheckpointError when it cannot be had, or has not the digest the Hub says.
+    """
+    cached = repo.folder / name
+    if cached.is_file():
+        with hub_errors(repo.source, name):
+            shutil.copyfile(cached, file)
+        advance(repo.sizes[name])
+        return
+    etag = _etag(repo, name)
+    with hub_errors(repo.source, name), file.open("a+b") as stream:
+        _fill(repo, name, stream, etag, advance)
 
 
 def fetch_small(repo: HubRepo, name: str) -> None:

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from mediator_cli.bundle.card import router_card, with_block
-from mediator_cli.pipeline.record import label
+from mediator_cli.bundle.lineage import has_lineage, label, parents_of, with_lineage
 
 if TYPE_CHECKING:
     from mediator_cli.bundle.manifest import ChangeRecord, Manifest, SourceRecord
@@ -45,6 +45,8 @@ def renewed_card(card: str, old: Manifest, new: Manifest) -> str:
 
 
 def _with_sources(card: str, sources: tuple[SourceRecord, ...]) -> str:
+    if has_lineage(card):
+        return with_lineage(card, parents_of(sources))
     lines = card.split("\n")
     if _HEAD not in lines:
         return card
