@@ -266,6 +266,9 @@ def test_the_readme_commands_export_and_push(readme_folder, readme_bundle, monke
     )
     assert adapters == ["maths", "sarcasm"]
     assert (readme_folder / "for-vllm" / "serve.sh").is_file()
+    for line in blocks(section("mediator_cli/export/README.md", "Commands"), "sh")[0].splitlines():
+        run(line, monkeypatch)
+    assert sorted(path.name for path in (readme_folder / "exported").iterdir()) == ["dense", "lora", "shira"]
     assert "our-team/apples" in capsys.readouterr().out
 
 
