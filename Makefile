@@ -47,9 +47,11 @@ test: install ## run the tests, below 5 minutes on 2 cores
 test-slow: demo-experts ## run the long tests, most of them on the real model and its experts
 	$(BIN)/python -m pytest -m slow tests
 
-test-vllm: demo-experts ## do vLLM and llama.cpp answer as transformers does from a mixture of experts? 3.5 GB, 15 minutes
+test-vllm: demo-experts ## do vLLM and llama.cpp answer as transformers does, from Mixtures of Experts and from exported bundles? 3.5 GB, 25 minutes
 	$(BIN)/python -m scripts.servers.environment
 	$(BIN)/python -m scripts.servers.merged
+	test -d demo/bundle || $(MEDIATOR) merge $(RECIPE) --quiet
+	$(BIN)/python -m scripts.servers.serving --rows 12
 
 lint: install ## check style and format
 	$(BIN)/ruff check .

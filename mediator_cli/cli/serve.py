@@ -57,7 +57,10 @@ GraceOption = Annotated[
 
 
 def serve(
-    folder: Annotated[Path, typer.Argument(help="A bundle.", metavar="DIR", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A bundle; with --upstream also an exported router.", metavar="DIR", show_default=False),
+    ],
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Requests answered at once.")] = 8,

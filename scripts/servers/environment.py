@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.servers.environment", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     folder = parser.parse_args().folder
-    wanted = "\n".join((TORCH, VLLM, LLAMA_CPP, CONVERTER, sys.version))
+    wanted = "\n".join((TORCH, VLLM, LLAMA_CPP, CONVERTER, CONVERTER_FILES.pattern, sys.version))
     stamp = folder / STAMP
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return

@@ -19,6 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
+from scripts.servers.environment import FOLDER
+from scripts.servers.serving_processes import vllm_settings
 from scripts.serving.load import Ask, Told, as_json, ask_all, read_asks, speed
 from scripts.serving.targets import all_running, free_port, memory_of, peak_memory
 
@@ -27,7 +29,6 @@ DEMO = CHECKOUT / "demo"
 WORK = DEMO / "serving"
 RESULTS = Path(__file__).with_name("results.json")
 MEDIATOR = Path(sys.executable).with_name("mediator")
-VLLM_PYTHON = CHECKOUT / ".venv-vllm/bin/python"
 TASKS = ("maths", "language", "sarcasm", "sentiment")
 LEVELS = {1: 16, 4: 32, 16: 64}
 """Requests by the number of clients."""
@@ -153,14 +154,10 @@ def vllm() -> Iterator[Server]:
     if not folder.exists():
         export = [MEDIATOR, "export", DEMO / "bundle", "--to", "vllm", "-o", folder, "--rank", "32", "--quiet"]
         subprocess.run(export, check=True)
-    if not VLLM_PYTHON.exists():
+    if not FOLDER.exists():
         raise SystemExit("vLLM is not installed: python -m scripts.servers.environment")
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(CHECKOUT),
-        "PATH": f"{VLLM_PYTHON.parent}:/usr/bin:/bin",
-    }  # fmt: skip
-    command = ["bash", folder / "serve.sh", "--port", str(port), "--enforce-eager", "--max-num-seqs", "16"]
+    settings = vllm_settings(WORK)
+    command = ["sh", folder / "serve.sh", "--port", str(port), "--enforce-eager", "--max-num-seqs", "16"]
     with all_running([(command, port, settings)]) as pids:
         yield Server(pids, dict.fromkeys(TASKS, (f"http://127.0.0.1:{port}", "auto")))
 

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 
 from mediator_cli.errors import BundleError
 from mediator_cli.serve.router.environment import front_from_environment
+from mediator_cli.serve.router.front import Front
 from mediator_cli.serve.router.grid import make_grid, name_of, nearest, points
 from mediator_cli.serve.router.low_rank import concatenate, gram, open_adapter, safe_rank
 from mediator_cli.serve.router.meter import make_meter
-from mediator_cli.serve.router.middleware import Front, RouterMiddleware
+from mediator_cli.serve.router.middleware import RouterMiddleware
 from mediator_cli.serve.router.targets import Scales, TopOne
 
 CHAT = "/v1/chat/completions"
