@@ -104,6 +104,7 @@ serving: demo-experts ## the bundle in its own server and in vLLM against four m
 	test -d demo/bundle || $(MEDIATOR) merge $(RECIPE) --quiet
 	$(BIN)/python -m scripts.servers.environment
 	$(BIN)/python -m scripts.serving
+	$(BIN)/python -m scripts.serving.exports
 	$(BIN)/python -m scripts.serving.report
 
 check: lint types imports docs-check test ## all that CI checks but the slow tests

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from scripts.servers import serving_report
 from scripts.servers.ask import compare
 from scripts.servers.environment import needed
 from scripts.servers.reference import Reference
 from scripts.servers.report import README, cell, with_tables
 from scripts.servers.results import read_results
+from scripts.servers.serving import RESULTS as SERVED
+from scripts.serving import report as serving
 
 CHECKOUT = Path(__file__).parents[1]
 REFERENCE = Reference(tokens=[[1, 2], [3, 4]], logprobs=[[-1.0, -2.0], [-3.0, -4.0]], leads=[[0.5, 0.1], [0.7, 0.2]])
@@ -18,6 +21,13 @@ REFERENCE = Reference(tokens=[[1, 2], [3, 4]], logprobs=[[-1.0, -2.0], [-3.0, -4
 def test_the_readme_says_what_was_found():
     text = README.read_text(encoding="utf-8")
     assert with_tables(text, read_results()) == text
+
+
+def test_tables_of_served_bundles_are_those_of_the_results():
+    page, results = serving_report.README.read_text(encoding="utf-8"), json.loads(SERVED.read_text(encoding="utf-8"))
+    assert serving_report.with_table(page, results) == page
+    page = serving.README.read_text(encoding="utf-8")
+    assert serving.with_tables(page, json.loads(serving.RESULTS.read_text(encoding="utf-8"))) == page
 
 
 def test_packages_that_apply_are_kept_without_their_conditions():

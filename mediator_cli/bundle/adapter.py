@@ -10,6 +10,8 @@ from mediator_cli.bundle.manifest import MethodRecord, RecipeRecord, SourceRecor
 from mediator_cli.bundle.record import FileRecord, Record
 
 ADAPTER_MANIFEST = "adapter_manifest.json"
+SAFE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that servers make room for; vLLM takes no others, and pads every adapter to the largest."""
 
 
 class ModuleRecord(Record):

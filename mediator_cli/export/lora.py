@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from mediator_cli.bundle.adapter import SAFE_RANKS
 from mediator_cli.checkpoint.header import read_json
 from mediator_cli.checkpoint.layout import place_of
 from mediator_cli.engine.streams import Piece, draw
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from mediator_cli.export.settings import Run
     from mediator_cli.kernels.arrays import Doubles, Floats
 
-SAFE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that servers have room for; a server pads every adapter to the largest."""
 DEFAULT_RANK = 32
 _WORTH_A_WORD = 1 << 20
 _DTYPES = ("BF16", "F16", "F32")

@@ -15,13 +15,27 @@ TITLES = {
     "vllm": "vLLM, adapters of rank 32, mediator's router as middleware",
 }
 
+EXPORTS = {
+    "expert": "offline: the bundle's own experts, right one given (`--to dense --expert`)",
+    "static": "offline: the dense expert (`--to dense --static`)",
+    "lora-32": "offline: adapters of rank 32 (`--to lora --rank 32`)",
+    "lora-energy": "offline: adapters of rank 256 (`--to lora --energy 0.9`)",
+    "shira": "offline: sparse adapters (`--to shira`)",
+    "moe": "offline: one Mixture of Experts (`--to moe`)",
+}
+
 
 def main() -> None:
     """Write the tables."""
-    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+def with_tables(text: str, results: Mapping[str, Any]) -> str:
+    """Put the tables between their marks."""
+    head, _, rest = text.partition(BEGIN)
     tables = f"Machine: {results['machine']}.\n\n{speeds(results)}\n\n{accuracies(results)}"
-    README.write_text(f"{head}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    return f"{head}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
 
 
 def speeds(results: Mapping[str, Any]) -> str:
@@ -48,6 +62,8 @@ def _level(results: Mapping[str, Any], name: str, clients: int) -> float:
 def accuracies(results: Mapping[str, Any]) -> str:
     """Lay out what was answered rightly."""
     found = {title: results[name]["right"] for name, title in TITLES.items() if name in results}
+    exports = results.get("exports", {}).get("right", {})
+    found |= {title: exports[name] for name, title in EXPORTS.items() if name in exports}
     tasks = list(next(iter(found.values())))
     rows = [
         f"| {title} | {' | '.join(f'{right[task]:.0f}' for task in tasks)} | {sum(right.values()) / len(right):.1f} |"

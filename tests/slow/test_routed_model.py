@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from mediator_cli.runtime.calibrate import auroc
 from mediator_cli.runtime.generate import Conversation, Sampling, answer, chat_ids, reply
 from mediator_cli.runtime.model import RoutedModel
 from mediator_cli.runtime.open import open_bundle
+from scripts.serving.load import ask_all, read_asks
+from scripts.serving.targets import free_port, running
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
@@ -144,3 +148,21 @@ def test_the_harness_runs_a_real_task_on_the_bundle(folder: Path) -> None:
     (task,) = found.values()
     accuracy = next(value for name, value in task.items() if name.startswith("acc,"))
     assert accuracy >= 0.6, json.dumps(found, default=str)
+
+
+def test_the_server_answers_many_clients_as_the_model_answers_one(folder: Path, model: RoutedModel) -> None:
+    asks = read_asks(DEMO / "data", EXPERTS, 10)
+    tokenizer, port = model.opened.tokenizer, free_port()
+    assert tokenizer is not None
+    url = f"http://127.0.0.1:{port}"
+    with running([sys.executable, "-m", "mediator_cli", "serve", folder, "--port", str(port), "--quiet"], port, {}):
+        told, _ = ask_all([replace(ask, url=url, model="auto") for ask in asks], 8, max_tokens=12)
+    prompts = [chat_ids(tokenizer, [{"role": "user", "content": one.ask.prompt}]) for one in told]
+    alone = [answer(model, tokenizer, [prompt], None, Sampling(12))[0] for prompt in prompts]
+    # In bfloat16 the company of other rows may turn an answer where two tokens are nearly equal.
+    assert sum(one.text == text for one, text in zip(told, alone, strict=True)) >= 0.9 * len(told)
+    for one, weights in zip(told, model.route(prompts).weights, strict=True):
+        named = dict(part.split("=") for part in one.mixture.split(",") if "=" in part)
+        expected = {name: weight for name, weight in zip(model.expert_names, weights.tolist(), strict=True) if weight}
+        assert {name: float(weight) for name, weight in named.items()} == pytest.approx(expected, abs=1e-3)
+    assert sum(one.is_right for one in told) >= 0.6 * len(told)

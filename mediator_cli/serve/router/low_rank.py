@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mediator_cli.bundle.adapter import SAFE_RANKS
 from mediator_cli.checkpoint.header import read_header, read_json
 from mediator_cli.checkpoint.read import open_files, read_slab, widen
 from mediator_cli.checkpoint.write import sync_tree, write_error
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     Floats32 = NDArray[np.float32]
 
-SAFE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM takes as its largest one."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias")
