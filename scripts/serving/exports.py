@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mediator_cli.cli.opening import quiet_transformers
 from scripts.demo.measure import accuracy
 from scripts.demo.tasks import Row
 from scripts.serving.__main__ import DEMO, MEDIATOR, RESULTS, TASKS, WORK
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     n_rows = parser.parse_args().rows
     say = Console(highlight=False, soft_wrap=True).print
+    quiet_transformers()
     rows = {task: read_rows(task, n_rows) for task in TASKS}
     export(WORK / "dense", ("--to", "dense", "--static"))
     found = {"expert": {task: 100 * accuracy(whole(task), None, rows[task]) for task in TASKS}}

@@ -66,7 +66,7 @@ def accuracies(results: Mapping[str, Any]) -> str:
     found |= {title: exports[name] for name, title in EXPORTS.items() if name in exports}
     tasks = list(next(iter(found.values())))
     rows = [
-        f"| {title} | {' | '.join(f'{right[task]:.0f}' for task in tasks)} | {sum(right.values()) / len(right):.1f} |"
+        f"| {title} | {' | '.join(f'{right[task]:.1f}' for task in tasks)} | {sum(right.values()) / len(right):.1f} |"
         for title, right in found.items()
     ]
     head = f"| exact answers, % | {' | '.join(tasks)} | mean |"
