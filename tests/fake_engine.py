@@ -163,3 +163,11 @@ def serving(engine: object, served: Served | None = None, **settings: object) ->
     app = make_app(engine, served or fake_served(), Settings(**settings), life, told.append)
     with on_loopback(app) as url, httpx.Client(base_url=url, timeout=20) as client:
         yield Running(url, client, life, told, engine)
+
+
+def until(is_so: Callable[[], object]) -> None:
+    """Wait for something that another thread does."""
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.002)
