@@ -31,8 +31,10 @@ PASS_TOKENS = 20
 """What a pass of products costs beside its tokens, in tokens; measured by scripts/bench_runtime.py."""
 
 _MOST_WAITING = 1024
-_WORTH_PARTING, _MOST_USED = 32, 0.5
-"""Tokens from which on products are made for each expert apart, and the share of uses up to which that costs less."""
+_MANY, _MOST_USED = 32, 0.5
+"""Tokens that are worth a computation of their own beside those of other rows: matrices for a mixture, products for an
+expert. The latter only where rows use at most this share of the experts.
+"""
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Part:
 
         Nothing where products of all of them with all tokens cost less: few tokens, or most of them use most experts.
         """
-        if n_tokens < _WORTH_PARTING or self.used_share > _MOST_USED:
+        if n_tokens < _MANY or self.used_share > _MOST_USED:
             return ()
         if n_tokens not in self.scratch.users:
             each = self.weights.repeat_interleave(n_tokens // len(self.weights), dim=0)
@@ -176,7 +178,7 @@ class Division:
 def divide(weights: torch.Tensor, n_tokens: int, cache: MixtureCache, switch: int) -> Division:
     """Divide a batch with weights [rows, experts] and `n_tokens` tokens a row into parts.
 
-    Rows with one mixture share matrices when there are tokens enough to pay for them. The others, and few tokens of
+    Rows with one mixture share matrices when tokens enough have asked to pay for them. The others, and few tokens of
     several mixtures, share one part of sparse products: one pass over the dense matrix serves all of them.
     """
     groups: dict[Mixture, list[int]] = {}
@@ -188,7 +190,7 @@ def divide(weights: torch.Tensor, n_tokens: int, cache: MixtureCache, switch: in
     for mixture, rows in groups.items():
         # No more mixtures than fit: parts hold their matrices as long as the batch runs.
         fits = not any(mixture) or cache.fits(mixture, held)
-        worth_it = fits and (len(groups) == 1 or len(rows) * n_tokens >= switch)
+        worth_it = fits and (len(groups) == 1 or len(rows) * n_tokens >= min(switch, _MANY))
         matrices = _matrices(mixture, len(rows) * n_tokens, cache, switch) if worth_it else None
         waits |= worth_it and matrices is None and cache.fits(mixture)
         if matrices is None:

@@ -122,3 +122,26 @@ def test_mixtures_follow_their_rows_through_beams() -> None:
     assert spread(weights, 6, "").tolist() == [list(ONE)] * 3 + [list(TWO)] * 3
     with pytest.raises(BundleError, match="2 mixtures for a batch of 3 rows"):
         spread(weights, 3, "")
+
+
+def test_prompts_of_several_mixtures_ask_for_matrices_and_single_tokens_do_not() -> None:
+    held, switch = cache(budget=100), 2 * PASS_TOKENS + 80
+    rows = torch.tensor([ONE, TWO])
+
+    def kinds(n_tokens: int) -> list[bool]:
+        return [part.matrices is not None for part in divide(rows, n_tokens, held, switch).parts]
+
+    assert kinds(1) == [False]
+    assert not held.waited
+    assert kinds(40) == [False]
+    assert held.waited == {ONE: PASS_TOKENS + 40, TWO: PASS_TOKENS + 40}
+    assert kinds(40) == [True, True]
+    assert kinds(1) == [False]
+
+
+def test_mixtures_that_wait_are_forgotten_in_the_end() -> None:
+    kept = cache(budget=100)
+    for n in range(3000):
+        kept.get((float(n), 0.0), 1, switch=10**6)
+    assert len(kept.waited) == 1024
+    assert next(iter(kept.waited)) == (3000.0 - 1024, 0.0)
