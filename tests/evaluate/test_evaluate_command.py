@@ -36,7 +36,8 @@ def test_results_are_those_of_the_rows(shop, mediator):
             )
             assert task["n"] == 10
             assert task["accuracy"] == pytest.approx(sum(s.exact for s in scores) / 10)
-            assert task["log_prob"] == pytest.approx(sum(s.log_prob for s in scores) / 10, rel=1e-2)
+            # In bfloat16, by matrices or by products as earlier batches of the process had it.
+            assert task["log_prob"] == pytest.approx(sum(s.log_prob for s in scores) / 10, rel=2e-2)
     assert [(d["model"], d["task"]) for d in report["differences"]] == [
         (name, task) for name in names[1:] for task in ("a", "b", None)
     ]
