@@ -32,9 +32,10 @@ class Format:
 
 
 def _adapter(folder: Path, task: str) -> tuple[Path, Path | None]:
-    return WORK / "dense", folder / task
+    return WORK / "static", folder / task
 
 
+# The first is the model that the adapters after it are put on.
 FORMATS = (
     Format("static", ("--to", "dense", "--static"), lambda folder, task: (folder, None)),
     Format("lora-32", ("--to", "lora", "--rank", "32"), _adapter),
@@ -52,7 +53,6 @@ def main() -> None:
     say = Console(highlight=False, soft_wrap=True).print
     quiet_transformers()
     rows = {task: read_rows(task, n_rows) for task in TASKS}
-    export(WORK / "dense", ("--to", "dense", "--static"))
     found = {"expert": {task: 100 * accuracy(whole(task), None, rows[task]) for task in TASKS}}
     say(f"expert: {found['expert']}", markup=False)
     for each in FORMATS:

@@ -181,7 +181,7 @@ def test_the_commands(shop, bundle, mediator, refused, monkeypatch, tmp_path):
 def test_llama_cpps_own_converters(bundle, tmp_path):
     python = CHECKOUT / ".venv-vllm/bin/python"
     if not (CHECKOUT / ".venv-vllm/llama.cpp/convert_lora_to_gguf.py").is_file():
-        pytest.skip("make test-servers makes the environment of the servers")
+        pytest.skip("make test-vllm makes the environment of the servers")
     demo = CHECKOUT / "demo/bundle"
     if not demo.is_dir():
         pytest.skip("make demo makes the bundle")
